@@ -1,0 +1,256 @@
+"""The command line: `jaxlm train | eval | generate | config | doctor | plot | tokenize`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxlm.schema import UserError
+
+# Modules that import jax are imported by the command that needs them, so that --help answers at once.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for bad input, 128 + signal when told to stop)."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 2)
+    except BrokenPipeError:
+        # The reader of a pipe (head, say) has left; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxlm", description="Train, resume, evaluate and sample recurrent language models.",
+        epilog="Settings are YAML files plus key=value words, e.g. `jaxlm train my.yaml train.steps=100 mesh.fsdp=4`.",
+    )  # fmt: skip
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=summary, description=description or summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    def add_config(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "config", nargs="*", metavar="CONFIG | key=value",
+            help="a YAML file or the name of a built-in config (default: quickstart), and settings that override it",
+        )  # fmt: skip
+
+    def add_run(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("run_dir", metavar="RUN", type=Path, help="run directory, e.g. runs/quickstart")
+        sub.add_argument("--step", type=int, help="checkpoint to use (default: the newest that can be read)")
+
+    sub = command(
+        "train", train_command, "train a model, or continue its run",
+        "Train a model, or continue its run from the newest checkpoint: the same command does both.\n"
+        "Without a config it trains the built-in quickstart.\n\n"
+        "SIGTERM or Ctrl-C saves a checkpoint and leaves with exit code 143 or 130.",
+    )  # fmt: skip
+    add_config(sub)
+    sub.add_argument(
+        "--accept-changes", action="store_true", help="continue a run although its config has changed in what it computes"
+    )
+
+    sub = command("eval", eval_command, "loss, perplexity and bits per byte of a trained model")
+    add_run(sub)
+    sub.add_argument("--text", nargs="+", metavar="PATH", help="evaluate these text files, directories or globs")
+    sub.add_argument(
+        "--source", action="append", metavar="YAML",
+        help="evaluate a source as in data.sources, e.g. '{kind: jsonl, paths: [a.jsonl], field: text}'; repeatable",
+    )  # fmt: skip
+    sub.add_argument("--tokens", type=int, help="tokens to read at most (default: evaluation.tokens of the run)")
+    sub.add_argument("--batch-size", type=int, help="rows a step (default: data.batch_size of the run)")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("generate", generate_command, "continue prompts with a trained model")
+    add_run(sub)
+    sub.add_argument("--prompt", action="append", help="text to continue; repeat for a batch (default: an empty document)")
+    sub.add_argument("--prompt-file", action="append", type=Path, metavar="FILE", help="a file whose text is a prompt")
+    sub.add_argument("--max-tokens", type=int, default=256, help="length of a continuation (default %(default)s)")
+    sub.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default %(default)s)")
+    sub.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    sub.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
+    sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default %(default)s)")
+    sub.add_argument("--ignore-end", action="store_true", help="go on past the end of the document")
+
+    sub = command("config", config_command, "print the resolved config, compare two, or describe all settings")
+    add_config(sub)
+    sub.add_argument("--diff", metavar="CONFIG", help="print what differs from this config")
+    sub.add_argument("--schema", action="store_true", help="print the JSON schema, for editors")
+    sub.add_argument("--keys", action="store_true", help="list every setting with type, default and meaning")
+
+    sub = command("doctor", doctor_command, "devices, versions, and which form each op takes here and why")
+    sub.add_argument("--length", type=int, default=2048, help="sequence length asked about (default %(default)s)")
+
+    sub = command("plot", plot_command, "draw the loss curves of runs as a PNG (extra: plot)")
+    sub.add_argument("runs", nargs="+", metavar="RUN", type=Path)
+    sub.add_argument("--output", "-o", type=Path, metavar="FILE", help="the PNG (default: RUN/loss.png of the first run)")
+
+    sub = command("tokenize", tokenize_command, "train a BPE tokenizer and write token shards (extra: tokenizers)")
+    sub.add_argument("output", type=Path, metavar="OUTPUT", help="directory to create")
+    sub.add_argument("--text", nargs="+", metavar="PATH", help="text files, directories or globs")
+    sub.add_argument("--source", action="append", metavar="YAML", help="a source as in data.sources; repeatable")
+    sub.add_argument("--tokenizer", type=Path, metavar="FILE", help="an existing tokenizer.json instead of a new one")
+    sub.add_argument("--bytes", action="store_true", help="use the byte tokenizer instead of a new one")
+    sub.add_argument("--vocab-size", type=int, default=32_000, help="of a new BPE (default %(default)s)")
+    sub.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default %(default)s)")
+    return parser
+
+
+def split_config_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Tell the one config (a file or name) from key=value words.
+
+    Raises:
+      UserError: if there are two configs.
+    """
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"two configs given: {files[0]!r} and {files[1]!r}; give one, and settings as key=value")
+    return (files[0] if files else None), [word for word in words if "=" in word]
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.training.loop import train
+    from jaxlm.training.run import load_config
+
+    path, overrides = split_config_words(arguments.config)
+    loaded = load_config(path, overrides)
+    train(loaded.config, loaded.overridden, accept_changes=arguments.accept_changes)
+
+
+def eval_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.training.evaluate import evaluate_run
+
+    result = evaluate_run(
+        arguments.run_dir, arguments.step,
+        sources=parse_sources(arguments.text, arguments.source), tokens=arguments.tokens, batch_size=arguments.batch_size,
+    )  # fmt: skip
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:>20}  {value:,.6g}" if isinstance(value, float) else f"{name:>20}  {value}")
+
+
+def generate_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.inference.generate import SamplingSettings, stream, warnings
+    from jaxlm.training.load import load_run
+
+    prompts = list(arguments.prompt or [])
+    for path in arguments.prompt_file or []:
+        if not path.is_file():
+            raise UserError(f"--prompt-file {path}: no such file")
+        prompts.append(path.read_text())
+    prompts = prompts or [""]
+    settings = SamplingSettings(
+        max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+        seed=arguments.seed, stop_at_end_of_text=not arguments.ignore_end,
+    )  # fmt: skip
+    run = load_run(arguments.run_dir, arguments.step)
+    longest = 1 + max(len(run.tokenizer.encode(prompt)) for prompt in prompts)
+    for note in warnings(run.model, longest, longest + settings.max_tokens, run.config.data.sequence_length):
+        print(f"note: {note}", file=sys.stderr)
+    pieces = stream(run.model, run.tokenizer, prompts, settings)
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        for [piece] in pieces:
+            print(piece, end="", flush=True)
+        print()
+        return
+    texts = [""] * len(prompts)
+    for step in pieces:
+        texts = [text + piece for text, piece in zip(texts, step, strict=True)]
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        print(f"--- {i + 1} of {len(prompts)}\n{prompt}{text}")
+
+
+def config_command(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from jaxlm.config import RunConfig
+    from jaxlm.config_loading import diff, format_diff, json_schema, settings_help, to_yaml
+    from jaxlm.training.run import load_config
+
+    if arguments.schema:
+        print(json.dumps(json_schema(RunConfig), indent=2))
+        return
+    if arguments.keys:
+        Console().print(settings_help(RunConfig))
+        return
+    path, overrides = split_config_words(arguments.config)
+    config = load_config(path, overrides).config
+    if arguments.diff is None:
+        print(to_yaml(config), end="")
+        return
+    other = load_config(arguments.diff, []).config
+    differences = diff(other, config)
+    print(format_diff(differences, (arguments.diff, path or "quickstart")) if differences else "no differences")
+
+
+def doctor_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.doctor import report
+
+    print(report(arguments.length))
+
+
+def plot_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.training.plot import plot_runs
+
+    print(plot_runs(arguments.runs, arguments.output))
+
+
+def tokenize_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.data import BytesTokenizerSettings, JsonTokenizerSettings
+    from jaxlm.data.tokenize import tokenize_corpus
+
+    sources = parse_sources(arguments.text, arguments.source)
+    if not sources:
+        raise UserError("tokenize: nothing to read; give --text PATH... or --source '{kind: ...}'")
+    if arguments.tokenizer and arguments.bytes:
+        raise UserError("tokenize: --tokenizer and --bytes exclude each other")
+    tokenizer = None
+    if arguments.bytes:
+        tokenizer = BytesTokenizerSettings()
+    elif arguments.tokenizer:
+        tokenizer = JsonTokenizerSettings(path=str(arguments.tokenizer))
+    print(
+        tokenize_corpus(
+            sources, tokenizer, arguments.output, vocab_size=arguments.vocab_size, shard_tokens=arguments.shard_tokens
+        )
+    )
+
+
+def parse_sources(text: Sequence[str] | None, sources: Sequence[str] | None) -> list:
+    """Data sources from `--text` and `--source` words.
+
+    Raises:
+      UserError: for a source that is not valid.
+    """
+    from jaxlm.config_loading import parse_value
+    from jaxlm.data import SourceSettings
+
+    found = [parse_value(SourceSettings, word, "--source") for word in sources or []]
+    if text:
+        found.insert(0, parse_value(SourceSettings, json.dumps({"kind": "text", "paths": list(text)}), "--text"))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Documents packed into rows: where a row's state resets.
+
+A *run* is a stretch of equal segment ids; an id that comes back later starts a new run. The first run of a row continues
+whatever state enters the row.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+
+def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> None:
+    """Raises ValueError unless the ids are integers `[B, T]`."""
+    if segment_ids is None:
+        return
+    if segment_ids.shape != shape or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must be integers of shape [B, T] = {shape}, got {segment_ids.dtype} {segment_ids.shape}; "
+            "give one id a token"
+        )
+
+
+def resets(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """True at tokens whose id differs from the token before; never at token 0, which continues the incoming state."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def run_index(reset: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """The number of resets up to and including each token."""
+    return lax.cumsum(reset.astype(jnp.int32), axis=1)
+
+
+def positions_in_runs(
+    reset: Bool[Array, "B T"] | None, start: Int[Array, B], length: int
+) -> Int[Array, "B T"]:
+    """Position of each token in its run, from 0; in the first run from `start`."""
+    index = jnp.arange(length, dtype=jnp.int32)
+    if reset is None:
+        return start[:, None] + index
+    origin = lax.cummax(jnp.where(reset, index, 0), axis=1)
+    return index - origin + jnp.where(run_index(reset) == 0, start[:, None], 0)

@@ -1,0 +1,1 @@
+"""Optimizers: optax's where optax has them, and what the field lacks."""

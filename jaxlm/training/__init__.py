@@ -1,0 +1,1 @@
+"""Runs: the training step and loop, checkpoints, metrics, and opening what a run left."""

@@ -1,0 +1,58 @@
+"""Norms, rotary positions, feed-forward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm.layers.ffn import SwiGLU, SwiGLUSettings
+from jaxlm.layers.norms import RMSNorm
+from jaxlm.layers.positions import positions_in_segments, rotary
+
+
+def test_rms_norm_value_and_dtype():
+    norm = RMSNorm(4, eps=0.0)
+    norm.scale[...] = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    x = jnp.asarray([[1.0, -1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(norm(x), [[1, -2, 3, 4], [2, 0, 0, 0]], rtol=1e-6)
+    assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_rotary_turns_pairs_and_scores_depend_on_distance_alone():
+    key = jax.random.key(0)
+    q, k = jax.random.normal(key, (2, 1, 1, 1, 8))
+    score = lambda i, j: jnp.sum(  # noqa: E731
+        rotary(q, jnp.asarray([[i]]), base=100.0) * rotary(k, jnp.asarray([[j]]), base=100.0)
+    )
+    np.testing.assert_allclose(score(7, 3), score(104, 100), rtol=1e-5)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+    # Pair (0, 4) turns by the position itself.
+    turned = rotary(jnp.eye(8)[0].reshape(1, 1, 1, 8), jnp.asarray([[2]]), base=100.0)[0, 0, 0]
+    np.testing.assert_allclose(turned[jnp.asarray([0, 4])], [np.cos(2), np.sin(2)], rtol=1e-6)
+
+
+def test_partial_rotary_leaves_the_rest():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 2, 8))
+    y = rotary(x, jnp.arange(5)[None], fraction=0.5)
+    np.testing.assert_array_equal(x[..., 4:], y[..., 4:])
+    assert not np.allclose(x[:, 1:, :, :4], y[:, 1:, :, :4])
+    with pytest.raises(ValueError, match="even number"):
+        rotary(x, jnp.arange(5)[None], fraction=3 / 8)
+
+
+def test_positions_restart_where_the_id_changes_and_continue_from_start():
+    ids = jnp.asarray([[5, 5, 2, 2, 2, 5], [1, 2, 3, 3, 3, 3]])
+    np.testing.assert_array_equal(positions_in_segments(ids, (2, 6)), [[0, 1, 0, 1, 2, 0], [0, 0, 0, 1, 2, 3]])
+    start = jnp.asarray([10, 4])
+    np.testing.assert_array_equal(positions_in_segments(ids, (2, 6), start), [[10, 11, 0, 1, 2, 0], [4, 0, 0, 1, 2, 3]])
+    np.testing.assert_array_equal(positions_in_segments(None, (2, 3), start), [[10, 11, 12], [4, 5, 6]])
+
+
+def test_swiglu_size_and_value():
+    assert SwiGLUSettings().hidden_size(1024) == 2816
+    assert SwiGLUSettings().hidden_size(2048) == 5632
+    layer = SwiGLU(SwiGLUSettings(hidden=6), 4, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (2, 3, 4))
+    gate, up = x @ layer.gate.kernel[...], x @ layer.up.kernel[...]
+    np.testing.assert_allclose(layer(x), (gate / (1 + jnp.exp(-gate)) * up) @ layer.down.kernel[...], atol=1e-6)

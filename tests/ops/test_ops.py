@@ -1,0 +1,330 @@
+"""What holds for every op in every form: a new op adds a line to OPS and an oracle."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxlm.ops.attention as attention_module
+from jaxlm.ops import forms
+from jaxlm.ops.attention import attention
+from jaxlm.ops.convolution import short_convolution
+from jaxlm.ops.linear_attention import linear_attention
+
+B, H, G, K, V, W = 2, 4, 2, 3, 5, 4
+DECAYS = np.array([0.0, -1e-7, -0.01, -0.3, -2.0, -20.0, -80.0])
+
+
+def correlated(rng, *shape):
+    """Tokens that share most of their direction, so that scores are large and errors do not average out."""
+    return rng.normal(size=(*shape[:1], 1, *shape[2:])) + 0.3 * rng.normal(size=shape)
+
+
+def mixer_inputs(rng, T, *, heads=H, groups=H, decay=None):
+    """q, k, v and decays that mix exactly 0, tiny and down to -80 in the same chunk; every array is [B, T, ..]."""
+    arrays = {
+        "q": correlated(rng, B, T, heads, K), "k": correlated(rng, B, T, groups, K), "v": rng.normal(size=(B, T, groups, V))
+    }  # fmt: skip
+    if decay:
+        arrays["log_decay"] = rng.choice(DECAYS, size=(B, T, heads) if decay == "scalar" else (B, T, heads, K))
+    return arrays
+
+
+def linear_oracle(q, k, v, log_decay=None):
+    o = np.zeros(v.shape)
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        state = np.zeros((q.shape[3], v.shape[3]))
+        for t in range(q.shape[1]):
+            if log_decay is not None:
+                state = np.exp(log_decay[b, t, h]).reshape(-1, 1) * state
+            state = state + np.outer(k[b, t, h], v[b, t, h])
+            o[b, t, h] = q.shape[3] ** -0.5 * q[b, t, h] @ state
+    return o
+
+
+def attention_oracle(q, k, v, window=None):
+    o = np.zeros((*q.shape[:3], v.shape[3]))
+    repeats = q.shape[2] // k.shape[2]
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        first = 0 if window is None else max(0, t - window + 1)
+        weights = np.exp(k[b, first : t + 1, h // repeats] @ q[b, t, h] * q.shape[3] ** -0.5)
+        o[b, t, h] = weights @ v[b, first : t + 1, h // repeats] / weights.sum()
+    return o
+
+
+def convolution_oracle(x, weight, bias):
+    y = np.zeros(x.shape)
+    for b, t in np.ndindex(*x.shape[:2]):
+        for j in range(W):
+            if t - W + 1 + j >= 0:
+                y[b, t] += weight[j] * x[b, t - W + 1 + j]
+    y = y + bias
+    return y / (1 + np.exp(-y))
+
+
+def linear_call(arrays, state, form, segment_ids=None):
+    return linear_attention(**arrays, initial_state=state, segment_ids=segment_ids, form=form, chunk_size=4)
+
+
+def attention_call(arrays, state, form, segment_ids=None, window=None):
+    return attention(**arrays, cache=state, segment_ids=segment_ids, form=form, window=window)
+
+
+def convolution_call(arrays, state, form, segment_ids=None):
+    weight, bias = convolution_weights(arrays["x"].dtype)
+    return short_convolution(
+        arrays["x"], weight, bias, state=state, segment_ids=segment_ids, activation="silu"
+    )
+
+
+def convolution_weights(dtype):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.normal(size=(W, H * K)), dtype), jnp.asarray(rng.normal(size=H * K), dtype)
+
+
+def random_state(rng, dtype):
+    return jnp.asarray(rng.normal(size=(B, H, K, V)), dtype)
+
+
+def random_cache(rng, dtype, groups, slots):
+    """A cache into which 7 tokens went, around the ring's end if it is shorter."""
+    positions = np.full((B, slots), -1, np.int32)
+    positions[:, np.arange(7) % slots] = np.arange(7)
+    k, v = (jnp.asarray(rng.normal(size=(B, slots, groups, size)), dtype) for size in (K, V))
+    return {"k": k, "v": v, "positions": jnp.asarray(positions), "count": jnp.asarray(7, jnp.int32)}
+
+
+class Op(NamedTuple):
+    inputs: Callable  # rng, T -> arrays [B, T, ..]
+    call: Callable  # arrays, state, form, segment_ids -> output, state
+    state: Callable  # rng, dtype -> a state to start from
+    oracle: Callable  # arrays in numpy, one document from nothing -> output
+    forms: tuple[str, ...]
+
+
+FORMS = ("recurrent", "parallel", "chunked")
+WINDOW = 6
+# Attention's ring has room for the window alone, or else for all tokens of these tests.
+OPS = {
+    "linear": Op(mixer_inputs, linear_call, random_state, linear_oracle, FORMS),
+    "linear, scalar decay": Op(partial(mixer_inputs, decay="scalar"), linear_call, random_state, linear_oracle, FORMS),
+    "linear, vector decay": Op(partial(mixer_inputs, decay="vector"), linear_call, random_state, linear_oracle, FORMS),
+    "attention": Op(
+        partial(mixer_inputs, groups=G), attention_call, partial(random_cache, groups=G, slots=64), attention_oracle, FORMS
+    ),
+    "attention, window": Op(
+        mixer_inputs, partial(attention_call, window=WINDOW), partial(random_cache, groups=H, slots=WINDOW),
+        partial(attention_oracle, window=WINDOW), FORMS,
+    ),
+    "convolution": Op(
+        lambda rng, T: {"x": rng.normal(size=(B, T, H * K))}, convolution_call,
+        lambda rng, dtype: jnp.asarray(rng.normal(size=(B, W - 1, H * K)), dtype),
+        lambda x: convolution_oracle(x, *convolution_weights(x.dtype)), ("only",),
+    ),
+}  # fmt: skip
+each_op = pytest.mark.parametrize("name", OPS)
+each_form = pytest.mark.parametrize(("name", "form"), [(name, form) for name, op in OPS.items() for form in op.forms])
+each_other_form = pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, op in OPS.items() for form in op.forms[1:]]
+)
+
+# Runs of one token, a re-used id and, in row 1, one document alone; the documents as (row, start, end) below.
+SEGMENTS = np.array([[3] * 4 + [1] + [2] + [3] * 4 + [7] * 3, [0] * 13])
+DOCUMENTS = [(0, 0, 4), (0, 4, 5), (0, 5, 6), (0, 6, 10), (0, 10, 13), (1, 0, 13)]
+T = SEGMENTS.shape[1]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Attention blocks so small that these short sequences take several, in a loop and alone."""
+    monkeypatch.setattr(attention_module, "SMALL_BLOCK", 2)
+    monkeypatch.setattr(attention_module, "BLOCK", 3)
+    monkeypatch.setattr(attention_module, "SPANS", 2)
+
+
+def make(op: Op, dtype=jnp.float64, length=T, seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = {name: jnp.asarray(x, dtype) for name, x in op.inputs(rng, length).items()}
+    return arrays, op.state(rng, dtype)
+
+
+def fresh(state):
+    """The state at the start of a document."""
+    state = jax.tree.map(jnp.zeros_like, state)
+    return {**state, "positions": state["positions"] - 1} if isinstance(state, dict) else state
+
+
+@cache
+def jitted(name, form):
+    """One jitted function for all tests, so that they share what it compiles."""
+    return jax.jit(lambda arrays, state, segment_ids=None: OPS[name].call(arrays, state, form, segment_ids))
+
+
+def floats(tree):
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@jax.jit
+def live(state):
+    """A state as values to compare: of a cache, the keys and values in use in the order of their positions."""
+    if not isinstance(state, dict):
+        return state
+    order = jnp.argsort(state["positions"], axis=1)
+    used = jnp.take_along_axis(state["positions"], order, 1)
+    pick = lambda x: jnp.where(used[..., None, None] >= 0, jnp.take_along_axis(x, order[..., None, None], 1), 0)  # noqa: E731
+    return {"k": pick(state["k"]), "v": pick(state["v"]), "positions": used}
+
+
+def assert_close(got, wanted, tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max())), got, wanted)
+
+
+@cache
+def gradients(name, form, case):
+    """Output, new state, and gradients of every float input and state leaf from random cotangents of all these."""
+    op = OPS[name]
+    arrays, state = make(op, length=3 if case == "shorter than a chunk" else T)
+    segment_ids = jnp.asarray(SEGMENTS) if case == "packed" else None
+
+    def loss(inputs):
+        arrays, leaves = inputs
+        leaves = iter(leaves)
+        entering = jax.tree.map(lambda x: next(leaves) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+        o, new_state = op.call(arrays, entering, form, segment_ids)
+        new_state = live(new_state)
+        rng = np.random.default_rng(9)
+        return sum(jnp.sum(x * rng.normal(size=x.shape)) for x in [o, *floats(new_state)]), (o, new_state)
+
+    return jax.jit(jax.grad(loss, has_aux=True))((arrays, floats(state)))
+
+
+@pytest.mark.usefixtures("x64")
+@each_op
+def test_first_form_is_the_definition(name):
+    op = OPS[name]
+    arrays, state = make(op)
+    o, _ = jitted(name, op.forms[0])(arrays, fresh(state), jnp.asarray(SEGMENTS))
+    for row, start, end in DOCUMENTS:
+        document = {n: np.asarray(x)[row : row + 1, start:end] for n, x in arrays.items()}
+        assert_close(o[row, start:end], op.oracle(**document)[0], 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", ["packed", "plain", "shorter than a chunk"])
+@each_other_form
+def test_forms_agree_with_gradients(name, form, case):
+    got, wanted = gradients(name, form, case), gradients(name, OPS[name].forms[0], case)
+    assert_close(got, wanted, 1e-10)
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(wanted[0]))
+
+
+@each_form
+def test_later_tokens_change_nothing_before_them_to_the_bit(name, form):
+    op = OPS[name]
+    arrays, state = make(op, jnp.float32)
+    other, _ = make(op, jnp.float32, seed=1)
+    before, _ = jitted(name, form)(arrays, state)
+    for t in range(1, T):
+        changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), arrays, other)
+        after, _ = jitted(name, form)(changed, state)
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert not np.array_equal(before[:, t], after[:, t])
+
+
+@pytest.mark.usefixtures("x64")
+@each_form
+def test_packed_documents_are_as_alone(name, form):
+    arrays, state = make(OPS[name])
+    packed, packed_state = jitted(name, form)(arrays, state, jnp.asarray(SEGMENTS))
+    for row, start, end in DOCUMENTS:
+        alone = {n: x[:, start:end] for n, x in arrays.items()}
+        o, final = jitted(name, form)(alone, state if start == 0 else fresh(state))
+        assert_close(packed[row, start:end], o[row], 1e-12)
+        if end == T:
+            assert_close(*(jax.tree.map(lambda x, row=row: x[row], live(x)) for x in (packed_state, final)), 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("cuts", [(1, 5, 9), (4, 8, 12), (3, 6, 7, 10), tuple(range(1, T))], ids=str)
+@each_form
+def test_any_split_gives_the_same(name, form, cuts):
+    arrays, state = make(OPS[name])
+    whole, final = jitted(name, form)(arrays, state)
+    parts = []
+    for start, end in zip((0, *cuts), (*cuts, T), strict=True):
+        o, state = jitted(name, form)({n: x[:, start:end] for n, x in arrays.items()}, state)
+        parts.append(o)
+    assert_close(jnp.concatenate(parts, axis=1), whole, 1e-12)
+    assert_close(live(state), live(final), 1e-12)
+
+
+@each_op
+def test_sharded_over_batch_and_heads_without_gathering(name):
+    op = OPS[name]
+    arrays, state = make(op, jnp.float32)
+    segment_ids = jnp.asarray(SEGMENTS)
+
+    def loss(arrays, state):
+        o, new_state = op.call(arrays, state, op.forms[-1], segment_ids)
+        return sum(jnp.sum(jnp.sin(x)) for x in [o, *floats(new_state)]), o
+
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+
+    def place(x, heads_axis):
+        axes = [None] * x.ndim
+        if x.ndim > 0:
+            axes[0] = "data"
+        if x.ndim > 2:
+            axes[heads_axis] = "tensor"
+        return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+    recurrent_state = not isinstance(state, dict) and state.ndim == 4  # [B, H, K, V]
+    sharded = (
+        {n: place(x, 2) for n, x in arrays.items()},
+        jax.tree.map(lambda x: place(x, 1 if recurrent_state else 2), state),
+    )
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = step.lower(*sharded).compile()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text(), collective
+    assert_close(compiled(*sharded), step(arrays, state), 1e-5)
+
+
+@each_op
+def test_low_precision_stays_near_float32(name):
+    op = OPS[name]
+    arrays, _ = make(op, jnp.float32)
+    low = {n: x if n == "log_decay" else x.astype(jnp.bfloat16) for n, x in arrays.items()}
+    exact = {n: x.astype(jnp.float32) for n, x in low.items()}
+
+    def run(arrays, form):
+        def loss(arrays):
+            o, _ = op.call(arrays, None, form)
+            return jnp.sum(o.astype(jnp.float32) * np.random.default_rng(3).normal(size=o.shape)), o
+
+        return jax.jit(jax.grad(loss, has_aux=True))(arrays)
+
+    wanted_grads, wanted = run(exact, op.forms[0])
+    for form in op.forms[1:] or op.forms:
+        grads, got = run(low, form)
+        assert got.dtype == jnp.bfloat16
+        assert relative_rms(got, wanted) < 0.005
+        for n, grad in grads.items():
+            assert grad.dtype == low[n].dtype
+            assert relative_rms(grad, wanted_grads[n]) < 0.02, (form, n)
+
+
+def relative_rms(got, wanted):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    return np.sqrt(np.mean((got - wanted) ** 2) / np.mean(wanted**2))
+
+
+def test_every_form_of_every_op_is_tested_here():
+    assert set(forms.OPS) == {"linear_attention", "attention"}
+    assert all(set(names) == {*FORMS, "kernel"} for names in forms.OPS.values())

@@ -1,0 +1,78 @@
+"""The command line as a user meets it: help, printed configs, and errors with their remedy."""
+
+import json
+
+import pytest
+
+from jaxlm import cli
+
+
+def run(capsys, *words):
+    code = cli.main(list(words))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "config", "doctor", "plot", "tokenize"])
+def test_help_names_the_command(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"jaxlm {command}" in capsys.readouterr().out
+
+
+def test_config_prints_the_resolved_quickstart_with_overrides(capsys):
+    code, out, _ = run(capsys, "config", "train.steps=7", "model.mixers.gla.heads=8")
+    assert code == 0
+    assert "steps: 7" in out
+    assert "heads: 8" in out
+    assert "name: quickstart" in out
+
+
+def test_config_diff(capsys):
+    code, out, _ = run(capsys, "config", "hybrid-340m", "--diff", "gla-340m")
+    assert code == 0
+    assert "model.pattern" in out
+    assert "name" in out
+    assert "optimizer.learning_rate" not in out
+    assert run(capsys, "config", "--diff", "quickstart")[1] == "no differences\n"
+
+
+def test_config_schema_and_keys(capsys):
+    code, out, _ = run(capsys, "config", "--schema")
+    assert code == 0
+    assert "model" in json.loads(out)["properties"]
+    code, out, _ = run(capsys, "config", "--keys")
+    assert code == 0
+    assert "learning_rate" in out
+
+
+def test_doctor_names_devices_versions_and_forms(capsys):
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0
+    for word in ("cpu", "flax", "linear_attention, T=2048", "chunked", "tensorboard"):
+        assert word in out, word
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "model.widht=64"], "did you mean 'width'"),
+        (["train", "train.steps=many"], "train.steps"),
+        (["train", "quikstart"], "did you mean 'quickstart'"),
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "quickstart", "other.yaml"], "two configs given"),
+        (["train", "model.pattern=[gla, atention]"], "did you mean 'attention'"),
+        (["train", "data.sources=[{kind: text, paths: [nowhere.txt]}]", "run_directory=runs/never"], "nowhere.txt"),
+        (["generate", "no-such-run"], "no-such-run: holds no config.yaml"),
+        (["eval", "no-such-run"], "no run directory"),
+        (["plot", "no-such-run"], "no-such-run"),
+        (["tokenize", "out"], "nothing to read"),
+        (["eval", "no-such-run", "--source", "{kind: jsnl}"], "jsonl"),
+    ],
+)
+def test_bad_input_exits_2_and_names_it(capsys, words, message):
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err

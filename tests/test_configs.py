@@ -1,0 +1,53 @@
+"""Every config in configs/ resolves to its golden text and has its recorded parameter count.
+
+After a wanted change: `python -m tests.test_configs` writes both anew; read the difference before committing it.
+"""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from jaxlm import params
+from jaxlm.config_loading import to_yaml
+from jaxlm.models.language_model import abstract_model
+from jaxlm.training.run import builtin_configs, load_config
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIGS = sorted(path.stem for path in builtin_configs().glob("*.yaml"))
+
+# What the byte tokenizer gives a config without a vocabulary: 257 ids, rounded up to a multiple of 64.
+BYTES_VOCABULARY = 320
+
+
+def parameter_count(config) -> int:
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or BYTES_VOCABULARY})
+    return params.count(params.describe(abstract_model(model, jnp.float32)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_resolved_text_is_golden(name):
+    assert to_yaml(load_config(name).config) == (GOLDEN / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameter_count_is_recorded(name):
+    recorded = json.loads((GOLDEN / "parameters.json").read_text())
+    assert parameter_count(load_config(name).config) == recorded[name]
+
+
+def test_nothing_golden_is_left_of_a_config_that_is_gone():
+    assert sorted(path.stem for path in GOLDEN.glob("*.yaml")) == CONFIGS
+    assert sorted(json.loads((GOLDEN / "parameters.json").read_text())) == CONFIGS
+
+
+def test_gla_340m_has_the_published_size():
+    assert parameter_count(load_config("gla-340m").config) == 341_707_776
+
+
+if __name__ == "__main__":
+    for name in CONFIGS:
+        (GOLDEN / f"{name}.yaml").write_text(to_yaml(load_config(name).config))
+    counts = {name: parameter_count(load_config(name).config) for name in CONFIGS}
+    (GOLDEN / "parameters.json").write_text(json.dumps(counts, indent=2) + "\n")
