@@ -182,8 +182,6 @@ def generate_command(arguments: argparse.Namespace) -> None:
 
 
 def config_command(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from jaxlm.config import RunConfig
     from jaxlm.config_loading import diff, format_diff, json_schema, settings_help, to_yaml
     from jaxlm.training.run import load_config
@@ -192,7 +190,7 @@ def config_command(arguments: argparse.Namespace) -> None:
         print(json.dumps(json_schema(RunConfig), indent=2))
         return
     if arguments.keys:
-        Console().print(settings_help(RunConfig))
+        print(settings_help(RunConfig))
         return
     path, overrides = split_config_words(arguments.config)
     config = load_config(path, overrides).config

@@ -17,7 +17,6 @@ from typing import Any
 
 import pydantic
 import yaml
-from rich.table import Table
 
 from jaxlm.schema import Schema, UserError, did_you_mean
 
@@ -160,12 +159,13 @@ def json_schema(root: type[Schema]) -> dict:
     return schema
 
 
-def settings_help(root: type[Schema]) -> Table:
-    """Every setting: name, type, default, meaning."""
-    table = Table("setting", "type", "default", "meaning", title="settings", show_lines=False)
+def settings_help(root: type[Schema]) -> str:
+    """Every setting on two lines: name, type and default, then what it means."""
+    lines = []
     for name, kind, default, text in describe_settings(root):
-        table.add_row(name, kind, default, text)
-    return table
+        lines.append(f"{name}: {kind}" + (f" = {default}" if default else ""))
+        lines += [f"    {text}"] if text else []
+    return "\n".join(lines)
 
 
 def describe_settings(root: type[Schema], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

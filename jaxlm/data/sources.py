@@ -244,14 +244,13 @@ def read_documents(source: Schema, where: str, split: Split = EVERYTHING) -> Ite
     readers = {"jsonl": _read_jsonl, "parquet": _read_parquet}
     for file in list_files(source, where):
         try:
+            size = file.path.stat().st_size
             if source.kind in readers:
                 for text, inside in readers[source.kind](source, file, where, split):
                     yield Document(text, done + inside)
-                done += file.path.stat().st_size
             elif split.mask(file.key)[0]:
-                content = file.path.read_bytes()
-                done += len(content)
-                yield Document(_decode(content, file, source, where), done)
+                yield Document(_decode(file.path.read_bytes(), file, source, where), done + size)
+            done += size
         except OSError as error:
             raise UserError(
                 f"{where}: {file.path}: cannot be read ({error}); repair the file or leave it out"

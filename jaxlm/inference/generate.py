@@ -87,8 +87,8 @@ def stream(
 
 
 def generate_tokens(
-    model: LanguageModel, prompts: Sequence[Int[np.ndarray, "_"]], settings: SamplingSettings, *, vocab_size: int
-) -> Iterator[Int[np.ndarray, "B"]]:
+    model: LanguageModel, prompts: Sequence[Int[np.ndarray, _]], settings: SamplingSettings, *, vocab_size: int
+) -> Iterator[Int[np.ndarray, B]]:
     """Yields `settings.max_tokens` times one new token a prompt.
 
     Raises:

@@ -9,13 +9,13 @@ from jaxtyping import Array, Float, Int, Key
 
 def sample(
     logits: Float[Array, "B V"],
-    keys: Key[Array, "B"],
+    keys: Key[Array, B],
     *,
     valid: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Int[Array, "B"]:
+) -> Int[Array, B]:
     """One token a row.
 
     Args:

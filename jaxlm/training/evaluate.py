@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from jaxlm.data import held_out_batches
 
+from jaxlm.data import held_out_batches
 from jaxlm.params import split
 from jaxlm.schema import UserError
 from jaxlm.training.load import load_run

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import jax
 from flax import nnx
-from jaxlm.data import Tokenizer, load_tokenizer
-from jaxlm.training.checkpoint import restore_params
 
 from jaxlm.config import RunConfig, compute_dtype, with_vocabulary
+from jaxlm.data import Tokenizer, load_tokenizer
 from jaxlm.models.language_model import LanguageModel, abstract_model
+from jaxlm.training.checkpoint import restore_params
 from jaxlm.training.run import read_config, run_tokenizer
 
 

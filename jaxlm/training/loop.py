@@ -14,21 +14,21 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxlm.data import Tokenizer, held_out_batches, load_tokenizer, train_batches
-from jaxlm.inference.generate import SamplingSettings, generate
-from jaxlm.ops import forms
-from jaxlm.training.checkpoint import Checkpoints
-from jaxlm.training.metrics import MetricsWriter, ThroughputMeter, TrainingProgress, format_count, peak_flops
 from rich.console import Console
 
 from jaxlm import params as params_lib
 from jaxlm.config import RunConfig, check_batch, compute_dtype, with_vocabulary
+from jaxlm.data import Tokenizer, held_out_batches, load_tokenizer, train_batches
+from jaxlm.inference.generate import SamplingSettings, generate
 from jaxlm.models.language_model import abstract_model, train_flops_per_token
+from jaxlm.ops import forms
 from jaxlm.optim.registry import make_optimizer
 from jaxlm.optim.schedules import make_schedule
 from jaxlm.parallel import processes
 from jaxlm.parallel.mesh import Rules, make_mesh, make_rules, partition_spec, use_mesh
 from jaxlm.schema import UserError
+from jaxlm.training.checkpoint import Checkpoints
+from jaxlm.training.metrics import MetricsWriter, ThroughputMeter, TrainingProgress, format_count, peak_flops
 from jaxlm.training.preemption import Preempted, PreemptionGuard
 from jaxlm.training.run import open_run, versions
 from jaxlm.training.state import TrainState, abstract_state, init_state, state_shardings

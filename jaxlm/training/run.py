@@ -18,10 +18,10 @@ from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
-from jaxlm.config_loading import diff, format_diff, load, to_yaml
 
 from jaxlm.config import OPERATIONAL, RunConfig
-from jaxlm.schema import UserError
+from jaxlm.config_loading import diff, format_diff, load, to_yaml
+from jaxlm.schema import UserError, did_you_mean
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
@@ -68,9 +68,8 @@ def load_config(path: str | None = None, overrides: Sequence[str] = ()) -> Loade
         return load(RunConfig, builtin, overrides)
     if not Path(path).exists() and not path.endswith((".yaml", ".yml")):
         known = sorted(p.stem for p in builtin_configs().glob("*.yaml"))
-        raise UserError(
-            f"{path}: no such file, and no built-in config of that name{did_you_mean(path, known)} (built in: {', '.join(known)})"
-        )
+        hint = f"{did_you_mean(path, known)} (built in: {', '.join(known)})"
+        raise UserError(f"{path}: no such file, and no built-in config of that name{hint}")
     return load(RunConfig, path, overrides)
 
 

@@ -65,7 +65,7 @@ def make_train_step(
             nothing = Loss(*(jnp.zeros((), jnp.float32),) * 3)
             (grads, loss), _ = jax.lax.scan(body, (zeros, nothing), micro)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         if clip is not None:
             # The factor is 1 below the limit; a norm that is not finite makes every gradient so, and the loop stops.
             grads = jax.tree.map(lambda g: g * (clip / jnp.maximum(grad_norm, clip)), grads)
@@ -76,8 +76,8 @@ def make_train_step(
             "accuracy": loss.correct / tokens,
             "learning_rate": schedule(state.step),
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(params),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
             "tokens": tokens,
         }
         if z_loss:

@@ -124,6 +124,20 @@ def test_splits_do_not_depend_on_the_rest_of_the_corpus(tmp_path, kind):
     assert 20 <= len(more["held_out"]) <= 60
 
 
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_bytes_read_lead_to_the_size_of_the_files(tmp_path, kind):
+    if kind == "text":
+        write_texts(tmp_path, 5)
+    else:
+        for name in "ab":
+            write_records(tmp_path / f"{name}.{kind}", kind, [f"<{i}>" * 500 for i in range(200)])
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    read = [document.bytes_read for document in read_documents(source(kind=kind, paths=[str(tmp_path)]), "x")]
+    assert read == sorted(read)
+    assert read[-1] == size
+    assert read[0] < 0.6 * size
+
+
 def test_records_are_split_one_by_one_as_all_at_once():
     split = Split("held_out", 0.3)
     one_by_one = list(itertools.islice(_flags(split, "a.jsonl", block=7), 50))

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordReader
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from jaxlm.data import ArrayRecordSettings, BytesTokenizerSettings, JsonlSettings, Split, TextSettings, load_corpus
 from jaxlm.data import load_tokenizer as load_tok
@@ -91,6 +91,9 @@ def test_datasets_split_by_record(text, tmp_path):
     assert held_out
     assert sorted(train + held_out) == sorted(everything)
     assert [d for d in everything if d in held_out] == held_out
+    shards = json.loads((tmp_path / "out" / "dataset.json").read_text())["shards"]
+    masks = [Split("held_out", 0.2).mask(shard["name"], 0, shard["documents"]) for shard in shards]
+    assert held_out == [everything[i] for i in np.flatnonzero(np.concatenate(masks))]
     corpus = opened(tmp_path / "out", BYTES, Split("held_out", 0.2))
     assert corpus.bytes == sum(len(d) - 1 for d in held_out)
 
@@ -178,6 +181,18 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_records_that_did_not_reach_the_disk_are_missed(text, tmp_path, monkeypatch):
+    class LossyWriter(ArrayRecordWriter):
+        def write(self, record):
+            if record != b"\x00\x01" + b"".join(bytes([c, 0]) for c in b"<0>"):
+                super().write(record)
+
+    monkeypatch.setattr(tokenize_module, "ArrayRecordWriter", LossyWriter)
+    with pytest.raises(UserError, match="only 49 of 50 records were written"):
+        tokenize_corpus([text], BYTES, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["text"]
 
 
 def test_bad_arguments_are_named_before_anything_is_written(text, tmp_path):

@@ -121,6 +121,7 @@ def test_dtype_holds_every_id():
 def test_fingerprint_tells_definitions_apart_but_not_their_spelling(bpe, tmp_path):
     definition = json.loads(Path(bpe.path).read_text())
     definition["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    definition = dict(reversed(definition.items()))
     (tmp_path / "same.json").write_text(json.dumps(definition, indent=7))
     same = load_tokenizer(JsonTokenizerSettings(path=str(tmp_path / "same.json")))
     assert same.fingerprint == load_tokenizer(bpe).fingerprint
@@ -149,19 +150,23 @@ def test_added_tokens_and_gaps_in_the_vocabulary(bpe, tmp_path):
 
 def test_sentencepiece_style(tmp_path):
     import tokenizers
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import decoders, models, normalizers, processors
 
+    # With a gap in the ids, and a template that puts </s> before every text.
     vocabulary = {"<unk>": 0, "</s>": 1, **{f"<0x{b:02X}>": 2 + b for b in range(256)}}
     for token in ("\u2581", "a", "b", "\u2581a"):
-        vocabulary[token] = len(vocabulary)
+        vocabulary[token] = len(vocabulary) + 10
     merges = [("\u2581", "a")]
     library = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
     library.normalizer = normalizers.Replace(" ", "\u2581")
     library.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     library.add_special_tokens(["<unk>", "</s>"])
+    library.post_processor = processors.TemplateProcessing("</s> $A", special_tokens=[("</s>", 1)])
     settings = saved(tmp_path, library).model_copy(update={"end_of_text": "</s>"})
     tokenizer = load_tokenizer(settings)
+    assert library.encode("a").ids == [1, vocabulary["a"]]
     assert tokenizer.end_of_text == 1
+    assert tokenizer.vocab_size == vocabulary["\u2581a"] + 1 > library.get_vocab_size()
     text = "b a é"
     ids = tokenizer.encode(text)
     assert ids.tolist() == [vocabulary["b"], vocabulary["\u2581a"], vocabulary["\u2581"], 2 + 0xC3, 2 + 0xA9]

@@ -130,13 +130,10 @@ OPS = {
 }  # fmt: skip
 each_op = pytest.mark.parametrize("name", OPS)
 each_form = pytest.mark.parametrize(("name", "form"), [(name, form) for name, op in OPS.items() for form in op.forms])
-each_other_form = pytest.mark.parametrize(
-    ("name", "form"), [(name, form) for name, op in OPS.items() for form in op.forms[1:]]
-)
 
 # Runs of one token, a re-used id and, in row 1, one document alone; the documents as (row, start, end) below.
-SEGMENTS = np.array([[3] * 4 + [1] + [2] + [3] * 4 + [7] * 3, [0] * 13])
-DOCUMENTS = [(0, 0, 4), (0, 4, 5), (0, 5, 6), (0, 6, 10), (0, 10, 13), (1, 0, 13)]
+SEGMENTS = np.array([[3] * 4 + [1] + [2] + [3] * 4 + [7] * 4, [0] * 14])
+DOCUMENTS = [(0, 0, 4), (0, 4, 5), (0, 5, 6), (0, 6, 10), (0, 10, 14), (1, 0, 14)]
 T = SEGMENTS.shape[1]
 
 
@@ -216,8 +213,16 @@ def test_first_form_is_the_definition(name):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", ["packed", "plain", "shorter than a chunk"])
-@each_other_form
+@pytest.mark.parametrize(
+    ("name", "form", "case"),
+    [
+        (name, form, case)
+        for name, op in OPS.items()
+        for form in op.forms[1:]
+        for case in ("packed", "plain", "shorter than a chunk")
+        if case != "shorter than a chunk" or name.startswith("linear")
+    ],
+)
 def test_forms_agree_with_gradients(name, form, case):
     got, wanted = gradients(name, form, case), gradients(name, OPS[name].forms[0], case)
     assert_close(got, wanted, 1e-10)
@@ -251,7 +256,7 @@ def test_packed_documents_are_as_alone(name, form):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("cuts", [(1, 5, 9), (4, 8, 12), (3, 6, 7, 10), tuple(range(1, T))], ids=str)
+@pytest.mark.parametrize("cuts", [(1, 5, 9, 13), (4, 8, 12, 13), tuple(range(1, T))], ids=str)
 @each_form
 def test_any_split_gives_the_same(name, form, cuts):
     arrays, state = make(OPS[name])
@@ -311,13 +316,12 @@ def test_low_precision_stays_near_float32(name):
         return jax.jit(jax.grad(loss, has_aux=True))(arrays)
 
     wanted_grads, wanted = run(exact, op.forms[0])
-    for form in op.forms[1:] or op.forms:
-        grads, got = run(low, form)
-        assert got.dtype == jnp.bfloat16
-        assert relative_rms(got, wanted) < 0.005
-        for n, grad in grads.items():
-            assert grad.dtype == low[n].dtype
-            assert relative_rms(grad, wanted_grads[n]) < 0.02, (form, n)
+    grads, got = run(low, op.forms[-1])
+    assert got.dtype == jnp.bfloat16
+    assert relative_rms(got, wanted) < 0.005
+    for n, grad in grads.items():
+        assert grad.dtype == low[n].dtype
+        assert relative_rms(grad, wanted_grads[n]) < 0.02, n
 
 
 def relative_rms(got, wanted):

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxlm.config_loading import to_yaml
-from jaxlm.training.metrics import read_metrics
 
 import jaxlm
 from jaxlm import cli
+from jaxlm.config_loading import to_yaml
 from jaxlm.schema import UserError
 from jaxlm.training import loop
+from jaxlm.training.metrics import read_metrics
 from tests.training.helpers import tiny_config, write_corpus
 
 

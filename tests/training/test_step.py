@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxlm.data import load_tokenizer, train_batches
 
+from jaxlm.data import load_tokenizer, train_batches
 from jaxlm.parallel.mesh import use_mesh
 from jaxlm.training.loop import jit_train_step, prepare
 from jaxlm.training.state import init_state

@@ -1,0 +1,41 @@
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.ops import forms
+
+
+@pytest.mark.parametrize(
+    ("op", "T", "options", "form", "reason"),
+    [
+        ("linear_attention", 256, {}, "chunked", "no kernel yet"),
+        ("linear_attention", 1, {}, "recurrent", "one token"),
+        ("attention", 1, {"platform": "gpu", "head_dim": 64}, "recurrent", "one token"),
+        ("attention", 256, {"platform": "cpu"}, "chunked", "needs an NVIDIA GPU, this is cpu"),
+        ("attention", 256, {"platform": "tpu"}, "chunked", "needs an NVIDIA GPU, this is tpu"),
+        ("attention", 256, {"platform": "gpu"}, "kernel", "cuDNN"),
+        ("attention", 256, {"platform": "gpu", "dtype": jnp.float32}, "chunked", "float32"),
+        ("attention", 256, {"platform": "gpu", "masked": True}, "chunked", "segment ids"),
+        ("attention", 256, {"platform": "gpu", "cached": True}, "chunked", "cache"),
+        ("attention", 256, {"platform": "gpu", "head_dim": 20}, "chunked", "K=20"),
+        ("attention", 256, {"platform": "gpu", "head_dim": 64, "value_dim": 128}, "chunked", "V=128"),
+    ],
+)
+def test_auto(op, T, options, form, reason):
+    choice = forms.choose(op, "auto", T=T, **{"dtype": jnp.bfloat16, **options})
+    assert choice.form == form
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize("op", forms.OPS)
+def test_a_form_asked_for_is_taken(op):
+    for form in ("recurrent", "parallel", "chunked"):
+        assert forms.choose(op, form, T=1, dtype=jnp.float32).form == form
+
+
+def test_errors_name_what_is_there():
+    with pytest.raises(ValueError, match="choose one of linear_attention, attention"):
+        forms.choose("convolution", "auto", T=1, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="choose auto or one of recurrent, parallel, chunked, kernel"):
+        forms.choose("attention", "flash", T=1, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="cannot run: no kernel yet"):
+        forms.choose("linear_attention", "kernel", T=8, dtype=jnp.float32)
