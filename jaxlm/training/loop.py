@@ -190,6 +190,8 @@ def train(config: RunConfig, overridden: Iterable[tuple] = (), *, accept_changes
                     meter.step()
                     if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
                         metrics.write(step, **values)
+                        # The checkpoint in flight may be the last good one.
+                        checkpoints.wait()
                         raise TrainingDiverged(divergence_message(step, values, checkpoints.steps, run_dir))
                     rate = meter.tokens_per_second
                     progress.update(step, loss=values["loss"], tokens_per_second=rate, step_time=meter.step_time)

@@ -48,7 +48,7 @@ class MetricsWriter:
             self._board = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, **values: Value) -> None:
-        """Write one line; numbers also go to TensorBoard."""
+        """Write one line; finite numbers also go to TensorBoard."""
         if self._file is None:
             return
         line = {"step": step, **{name: _plain(value) for name, value in values.items()}}
@@ -56,7 +56,7 @@ class MetricsWriter:
         self._file.flush()
         if self._board is not None:
             for name, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and math.isfinite(value):
                     self._board.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def tiny_config(tmp_path, **sections) -> RunConfig:
         "train": {"steps": 6, "log_every": 1},
         "evaluation": {"tokens": 2048},
         "checkpoint": {"every": 3},
-        "mesh": {"data": 1},
+        "mesh": {"data": -1},
     }  # fmt: skip
     for name, changes in sections.items():
         config[name] = {**config[name], **changes} if isinstance(config.get(name), dict) else changes

@@ -50,7 +50,7 @@ def spawn(arguments, devices=1, interrupt=None, **environment):
 def finished(tmp_path_factory):
     """One uninterrupted run that several tests compare with."""
     tmp_path = tmp_path_factory.mktemp("finished")
-    result = loop.train(tiny_config(tmp_path, mesh={"data": 8}, sample={"prompt": "def", "tokens": 5}))
+    result = loop.train(tiny_config(tmp_path, sample={"prompt": "def", "tokens": 5}))
     return tmp_path, result
 
 
@@ -112,7 +112,7 @@ def test_generate_needs_the_run_directory_alone(finished, capsys):
 
 def test_a_finished_run_says_so(finished, capsys):
     tmp_path, result = finished
-    again = loop.train(tiny_config(tmp_path, mesh={"data": 8}, sample={"prompt": "def", "tokens": 5}))
+    again = loop.train(tiny_config(tmp_path, sample={"prompt": "def", "tokens": 5}))
     assert "already complete" in capsys.readouterr().err
     assert again.held_out_loss == result.held_out_loss
 
@@ -120,7 +120,7 @@ def test_a_finished_run_says_so(finished, capsys):
 def test_another_config_is_refused_and_nothing_is_touched(finished, capsys):
     tmp_path, _ = finished
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
-    other = config_file(tmp_path, "other", mesh={"data": 8}, optimizer={"learning_rate": 1e-2}, seed=3)
+    other = config_file(tmp_path, "other", optimizer={"learning_rate": 1e-2}, seed=3)
     assert cli.main(["train", other]) == 2
     message = capsys.readouterr().err
     assert "optimizer.learning_rate" in message
@@ -133,7 +133,7 @@ def test_resume_after_a_kill_equals_an_uninterrupted_run_bitwise(finished, tmp_p
     whole, _ = finished
     write_corpus(tmp_path / "corpus")
     # Written in the foreground, so that the checkpoint of step 3 is there when the process dies.
-    config = config_file(tmp_path, mesh={"data": 8}, checkpoint={"every": 3, "asynchronous": False})
+    config = config_file(tmp_path, checkpoint={"every": 3, "asynchronous": False})
     process = spawn(["train", config], devices=8, interrupt=("SIGKILL", "5"))
     _, err = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, err
@@ -151,7 +151,7 @@ def test_resume_after_a_kill_equals_an_uninterrupted_run_bitwise(finished, tmp_p
 def test_sigterm_saves_leaves_nonzero_and_resumes_bitwise(finished, tmp_path):
     whole, _ = finished
     write_corpus(tmp_path / "corpus")
-    config = config_file(tmp_path, mesh={"data": 8})
+    config = config_file(tmp_path)
     process = spawn(["train", config], devices=8, interrupt=("SIGTERM", "4"))
     _, err = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM, err
@@ -175,7 +175,7 @@ def test_restore_onto_another_mesh(tmp_path):
 def test_two_processes_equal_one(finished, tmp_path):
     whole, _ = finished
     write_corpus(tmp_path / "corpus")
-    config = config_file(tmp_path, mesh={"data": 8})
+    config = config_file(tmp_path)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
