@@ -188,7 +188,9 @@ def test_two_processes_equal_one(finished, tmp_path):
     found, expected = losses(tmp_path / "run"), losses(whole / "run")
     assert found.keys() == expected.keys()
     for step in expected:
-        np.testing.assert_allclose(found[step], expected[step], rtol=1e-5)
+        # Partial sums of other sizes: the losses agree to rounding, gradients' norms less closely.
+        np.testing.assert_allclose(found[step][0], expected[step][0], rtol=1e-5)
+        np.testing.assert_allclose(found[step][1], expected[step][1], rtol=1e-3)
     assert "parameters" in outputs[0][1]
     assert "parameters" not in outputs[1][1]
 
