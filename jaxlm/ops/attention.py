@@ -15,8 +15,8 @@ from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets, run
 
 Cache = dict[str, Array]
 
-# The chunked form takes queries in blocks, whose scores take B * H * BLOCK * S numbers; smaller ones for short sequences,
-# for which SPANS blocks skip most of what the causal mask would hide.
+# The chunked form takes queries in blocks, whose scores take B * H * BLOCK * S numbers; smaller ones for short
+# sequences, for which SPANS blocks skip most of what the causal mask would hide.
 BLOCK = 256
 SMALL_BLOCK = 64
 SPANS = 4
@@ -30,8 +30,8 @@ def init_attention_cache(
     Attention through it is exact while `length` is at least the window, or at least the number of tokens ever written.
 
     Returns:
-      k [B, S, G, K] and v [B, S, G, V] of `dtype`; positions int32 [B, S], each key's position in its document, -1 for an
-      empty slot; count int32 [], the number of tokens written so far, the same for all rows.
+      k [B, S, G, K] and v [B, S, G, V] of `dtype`; positions int32 [B, S], each key's position in its document, -1 for
+      an empty slot; count int32 [], the number of tokens written so far, the same for all rows.
 
     Raises:
       ValueError: if length is less than 1.
@@ -60,8 +60,8 @@ def attention(
 ) -> tuple[Float[Array, "B T H V"], Cache | None]:
     """softmax(scale q k^T) v over the keys up to each query (Vaswani et al. 2017; grouped queries: arXiv 2305.13245).
 
-    A query sees the keys of its own run (stretch of equal segment ids) at most window - 1 positions back. The first run of
-    a row continues the document in the cache. Softmax and sums are float32 or finer.
+    A query sees the keys of its own run (stretch of equal segment ids) at most window - 1 positions back. The first run
+    of a row continues the document in the cache. Softmax and sums are float32 or finer.
 
     Args:
       q: queries.
@@ -69,8 +69,8 @@ def attention(
       v: values.
       scale: multiplies q; None for K ** -0.5.
       window: positions a query sees, its own included; None for all.
-      segment_ids: document of each token; rows of ragged prompts are padded on the left with an id of their own, so that
-        the padding is a run that nothing sees.
+      segment_ids: document of each token; rows of ragged prompts are padded on the left with an id of their own, so
+        that the padding is a run that nothing sees.
       positions: position of each token in its document, rising by one a token within a run. They matter to windows that
         reach into the cache. None counts from 0 in each run, in the first from the cache's newest position + 1.
       cache: from `init_attention_cache` or an earlier call.
@@ -78,14 +78,14 @@ def attention(
         gradient), "recurrent" (token by token through the cache), "kernel" (cuDNN) or "auto" (see `forms.choose`).
 
     Returns:
-      o in v's dtype, and the cache with the call's tokens written (the last S of them, if there are more) and the tokens
-      of any run but the last dropped; None if none was given.
+      o in v's dtype, and the cache with the call's tokens written (the last S of them, if there are more) and the
+      tokens of any run but the last dropped; None if none was given.
 
     Raises:
       ValueError: on shapes that do not fit, window < 1, H not a multiple of G, or a form that cannot run.
     """
     _check(q, k, v, window, positions, cache)
-    batch, length, heads, keys = q.shape
+    batch, length, _, keys = q.shape
     check_segment_ids(segment_ids, (batch, length))
     scale = keys**-0.5 if scale is None else scale
     reset = None if segment_ids is None else resets(segment_ids)
@@ -122,7 +122,9 @@ def _check(q, k, v, window, positions, cache) -> None:
     if k.ndim != 4 or (k.shape[:2], k.shape[3]) != ((batch, length), keys):
         raise ValueError(f"k must be [B, T, G, K] with B, T = {(batch, length)} and K = {keys} as in q, got {k.shape}")
     if heads % k.shape[2]:
-        raise ValueError(f"q has H={heads} heads, which must be a multiple of k's G={k.shape[2]} heads; change one of them")
+        raise ValueError(
+            f"q has H={heads} heads, which must be a multiple of k's G={k.shape[2]} heads; change one of them"
+        )
     if v.ndim != 4 or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v must be [B, T, G, V] with B, T, G = {k.shape[:3]} as in k, got {v.shape}")
     if window is not None and window < 1:
@@ -132,8 +134,11 @@ def _check(q, k, v, window, positions, cache) -> None:
     if cache is not None:
         slots = cache["k"].shape[1]
         wanted = {
-            "k": (batch, slots, *k.shape[2:]), "v": (batch, slots, *v.shape[2:]), "positions": (batch, slots), "count": (),
-        }  # fmt: skip
+            "k": (batch, slots, *k.shape[2:]),
+            "v": (batch, slots, *v.shape[2:]),
+            "positions": (batch, slots),
+            "count": (),
+        }
         for name, shape in wanted.items():
             if cache[name].shape != shape:
                 raise ValueError(
@@ -218,8 +223,8 @@ def _parallel(q, k, v, queries: _Places, keys: _Places, scale, window):
 
 
 def _chunked(q, k, v, queries: _Places, keys: _Places, scale, window):
-    """FlashAttention's algorithm (arXiv 2205.14135) with all keys of a query block in one tile: the forward pass keeps the
-    output and the logarithm of the softmax's sum, the backward pass recomputes the weights."""
+    """FlashAttention's algorithm (arXiv 2205.14135) with all keys of a query block in one tile: the forward pass keeps
+    the output and the logarithm of the softmax's sum, the backward pass recomputes the weights."""
     o = _blocks(scale, window, _group(q, k.shape[2]), _heads_first(k), _heads_first(v), queries, keys)
     return _ungroup(o).astype(v.dtype)
 
@@ -229,15 +234,14 @@ class _Span(NamedTuple):
 
     starts: range  # first query of each block
     size: int  # queries a block
-    first_key: int
-    last_key: int  # exclusive
-    near: int  # keys a block
+    keys: int  # that stand before the span's end
+    near: int  # keys that a block meets of those, the last ones up to it
 
 
 def _spans(length: int, slots: int, window: int | None) -> list[_Span]:
-    """Blocks of equal size in spans, then the rest. No block meets keys after its span, nor before all its windows.
-
-    `slots` keys of the cache, whose order says nothing, stand before the call's; every block meets them and what follows.
+    """Blocks of equal size in spans, then the rest. No block meets keys after its span, nor those before all its
+    windows, except that `slots` keys of a cache, whose order says nothing, stand before the call's: then it meets all
+    up to its span.
     """
     size = min(BLOCK, max(SMALL_BLOCK, -(-length // SPANS)))
     full = length // size * size
@@ -246,17 +250,13 @@ def _spans(length: int, slots: int, window: int | None) -> list[_Span]:
     spans = []
     for starts in [*ranges, *([range(full, length, size)] if full < length else [])]:
         block = min(size, length - starts[0])
-        last = starts[-1] + block
-        if window is None or slots:
-            spans.append(_Span(starts, block, 0, slots + last, slots + last))
-        else:
-            first = max(0, starts[0] - window + 1)
-            spans.append(_Span(starts, block, first, last, min(last - first, block + window - 1)))
+        keys = slots + starts[-1] + block
+        spans.append(_Span(starts, block, keys, keys if window is None or slots else min(keys, block + window - 1)))
     return spans
 
 
 def _over_blocks(body, carry, span: _Span, blocks):
-    """`lax.scan` of `body` over the first queries and the `blocks` of a span, which lead; without a loop for a single one."""
+    """`lax.scan` of `body` over a span's blocks: the first query of each, and `blocks`, whose leading axis they are."""
     starts = jnp.array(span.starts, jnp.int32)
     if len(span.starts) > 1:
         return lax.scan(body, carry, (starts, blocks))
@@ -276,9 +276,9 @@ def _merge(parts: list[Float[Array, "n B G R t X"]]) -> Float[Array, "B G R T X"
 
 def _block_scores(scale, window, span: _Span, start, q, k, v, queries: _Places, keys: _Places, matmul):
     """Masked scores of a block of queries, the first of the keys it meets, and those keys and values."""
-    first = span.first_key
-    if span.near < span.last_key - first:
-        first = jnp.clip(start - window + 1, first, span.last_key - span.near)
+    first = 0
+    if span.near < span.keys:
+        first = jnp.clip(start - window + 1, 0, span.keys - span.near)
 
     def near(x, axis):
         return lax.dynamic_slice_in_dim(x, first, span.near, axis)
@@ -348,7 +348,10 @@ def _recurrent(q, k, v, positions, reset, cache, scale, window):
         q, k, v, positions, reset = jax.tree.map(lambda x: x[:, None], token)
         cached = cache["positions"] if reset is None else jnp.where(reset, -1, cache["positions"])
         slot = cache["count"] % cached.shape[1]
-        put = lambda old, new: lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, 1)
+
+        def put(old, new):
+            return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, 1)
+
         cache = {
             "k": put(cache["k"], k), "v": put(cache["v"], v), "positions": put(cached, positions),
             "count": cache["count"] + 1,

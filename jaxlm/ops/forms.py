@@ -1,8 +1,8 @@
 """Which form of an op runs, and why.
 
-The forms of an op compute the same numbers: `recurrent` token by token, `parallel` all pairs of tokens at once, `chunked`
-in between, `kernel` with code made for one kind of device. A kernel joins by one entry in `KERNELS`: a function that
-returns None where the kernel runs and beats the other forms, or else the reason why it does not.
+The forms of an op compute the same numbers: `recurrent` token by token, `parallel` all pairs of tokens at once,
+`chunked` in between, `kernel` with code made for one kind of device. A kernel joins by one entry in `KERNELS`: a
+function that returns None where the kernel runs and beats the other forms, or else the reason why it does not.
 """
 
 from __future__ import annotations

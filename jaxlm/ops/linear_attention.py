@@ -1,19 +1,20 @@
 """Linear attention with no, scalar or per-channel decay: S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale q_t S_t.
 
 One op for linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), RetNet (2307.08621), Lightning Attention-2
-(2401.04658), Mamba-2/SSD (2405.21060), GLA (2312.06635), HGRN2 and their kin, which differ in where the decay comes from.
+(2401.04658), Mamba-2/SSD (2405.21060), GLA (2312.06635), HGRN2 and their kin, which differ in where the decay comes
+from.
 
-The chunked form splits time into chunks of C tokens. With h the state that enters a chunk and `before`, `after`, `total`
-the products of the decays up to a token (itself included), after it, and over the chunk,
+The chunked form splits time into chunks of C tokens. With h the state that enters a chunk and `before`, `after`,
+`total` the products of the decays up to a token (itself included), after it, and over the chunk,
 
     o = scale (q * before) h + P v,      h_next = total * h + (k * after)^T v,
     P_ij = scale sum_c q_ic k_jc prod_{j<l<=i} a_lc,   a = exp(g),   i >= j.
 
-Every weight here is a product of factors a in [0, 1], never a quotient, nor the exponential of a difference of cumulative
-sums: nothing overflows, and a token decayed by exp(-80) costs its neighbours no digits. A document boundary is a factor 0.
-The weights in P factorise over a binary tree: the pair (i, j) parts at exactly one block of 2s tokens, with i in its right
-half and j in its left, and prod_{j<l<=i} a_l is the product over the left half after j times that over the right half up
-to i. So P is matrix products of tokens scaled by factors <= 1, for decays of any strength, and no factor that
+Every weight here is a product of factors a in [0, 1], never a quotient, nor the exponential of a difference of
+cumulative sums: nothing overflows, and a token decayed by exp(-80) costs its neighbours no digits. A document boundary
+is a factor 0. The weights in P factorise over a binary tree: the pair (i, j) parts at exactly one block of 2s tokens, with i in its
+right half and j in its left, and prod_{j<l<=i} a_l is the product over the left half after j times that over the right
+half up to i. So P is matrix products of tokens scaled by factors <= 1, for decays of any strength, and no factor that
 enters row i belongs to a token after i.
 """
 
@@ -56,8 +57,8 @@ def linear_attention(
         key channel. Positive values are not checked for, and make the state grow.
       scale: multiplies q; None for K ** -0.5.
       initial_state: the state that token 0 continues; None for zeros.
-      segment_ids: the state is zeroed between two tokens whose ids differ, so that each document of a packed row gets what
-        it gets alone. The first run of a row continues `initial_state`.
+      segment_ids: the state is zeroed between two tokens whose ids differ, so that each document of a packed row gets
+        what it gets alone. The first run of a row continues `initial_state`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
         gradient keeps the inputs alone and recomputes one state a chunk) or "auto" (see `forms.choose`).
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk.
@@ -106,7 +107,9 @@ def _check(q, k, v, log_decay, initial_state, chunk_size: int) -> None:
     if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
         raise ValueError(f"v must be [B, T, H, V] with B, T, H = {q.shape[:3]} as in q, got {v.shape}")
     if log_decay is not None and log_decay.shape not in (q.shape[:3], q.shape):
-        raise ValueError(f"log_decay must be [B, T, H] = {q.shape[:3]} or [B, T, H, K] = {q.shape}, got {log_decay.shape}")
+        raise ValueError(
+            f"log_decay must be [B, T, H] = {q.shape[:3]} or [B, T, H, K] = {q.shape}, got {log_decay.shape}"
+        )
     state = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != state:
         raise ValueError(f"initial_state must be [B, H, K, V] = {state}, got {initial_state.shape}")
@@ -135,8 +138,8 @@ def _recurrent(scale, q, k, v, g, reset, state):
     return jnp.moveaxis(o, 0, 1), state
 
 
-# From here on arrays are [N, B, H, C, channels]: chunks lead, for the scan over them; B and H stay axes of their own, so
-# that a mesh can shard them. Padding tokens have k = v = g = 0: they write nothing and decay nothing.
+# From here on arrays are [N, B, H, C, channels]: chunks lead, for the scan over them; B and H stay axes of their own,
+# so that a mesh can shard them. Padding tokens have k = v = g = 0: they write nothing and decay nothing.
 
 
 def _to_chunks(x: Float[Array, "B T H X"], size: int) -> Float[Array, "N B H C X"]:
@@ -173,8 +176,8 @@ def _decay_products(g: Float[Array, "N B H C X"]):
 
     Returns:
       before, after [N, B, H, C, X]: over the tokens up to each (inclusive), and after it.
-      levels: for s = 1, 2, 4, .., C/2 the pair of [N, B, H, C/2s, s, X]: over the right half of each block of 2s tokens up
-        to each of its tokens, and over the left half after each of its tokens.
+      levels: for s = 1, 2, 4, .., C/2 the pair of [N, B, H, C/2s, s, X]: over the right half of each block of 2s tokens
+        up to each of its tokens, and over the left half after each of its tokens.
     """
     before = jnp.exp(g)
     after = jnp.ones_like(before)
@@ -191,8 +194,8 @@ def _decay_products(g: Float[Array, "N B H C X"]):
 
 
 def _assemble(diagonal: Float[Array, "*L C"], blocks: Sequence[Array]) -> Float[Array, "*L C C"]:
-    """The lower triangular matrix of its diagonal and, for s = 1, 2, .., C/2, the squares [*L, C/2s, s, s] that pair the
-    right half of each block of 2s tokens (rows) with its left half (columns)."""
+    """The lower triangular matrix of its diagonal and, for s = 1, 2, .., C/2, the squares [*L, C/2s, s, s] that pair
+    the right half of each block of 2s tokens (rows) with its left half (columns)."""
     tiles = diagonal[..., None, None]
     for block in blocks:
         left, right = tiles[..., 0::2, :, :], tiles[..., 1::2, :, :]
@@ -217,7 +220,7 @@ def _scalar_weights(levels, like: Float[Array, "N B H C"]) -> Float[Array, "N B 
 
 
 def _chunk_states(total, writes, state, *, reverse: bool = False):
-    """The states h_n that enter the chunks (those that leave them, in reverse) and the last one, by h <- total_n h + writes_n."""
+    """The states that enter the chunks (in reverse: that leave them) and the last one, by h <- total h + writes."""
 
     def step(state, chunk):
         total, write = chunk

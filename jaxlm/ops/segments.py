@@ -1,7 +1,7 @@
 """Documents packed into rows: where a row's state resets.
 
-A *run* is a stretch of equal segment ids; an id that comes back later starts a new run. The first run of a row continues
-whatever state enters the row.
+A *run* is a stretch of equal segment ids; an id that comes back later starts a new run. The first run of a row
+continues whatever state enters the row.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def run_index(reset: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     return lax.cumsum(reset.astype(jnp.int32), axis=1)
 
 
-def positions_in_runs(
-    reset: Bool[Array, "B T"] | None, start: Int[Array, B], length: int
-) -> Int[Array, "B T"]:
+def positions_in_runs(reset: Bool[Array, "B T"] | None, start: Int[Array, B], length: int) -> Int[Array, "B T"]:
     """Position of each token in its run, from 0; in the first run from `start`."""
     index = jnp.arange(length, dtype=jnp.int32)
     if reset is None:

@@ -49,6 +49,18 @@ def test_ring_keeps_the_newest_tokens(T, slots):
         np.testing.assert_array_equal(cache["v"][:, n % slots], values[:, n])
 
 
+def test_a_ring_of_the_window_is_enough():
+    """Two chunks of a prompt, then steps, around the ring."""
+    q, k, v = inputs(14)
+    call = jax.jit(lambda tokens, cache: attention(*tokens, window=4, cache=cache))
+    cache, outputs = init_attention_cache(2, 4, 2, 4, jnp.float32), []
+    for start, end in [(0, 5), (5, 10), (10, 11), (11, 12), (12, 13), (13, 14)]:
+        o, cache = call([x[:, start:end] for x in (q, k, v)], cache)
+        outputs.append(o)
+    wanted, _ = attention(q, k, v, window=4, form="parallel")
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_document_that_ends_leaves_the_cache():
     q, k, v = inputs(6)
     cache = init_attention_cache(2, 16, 2, 4, jnp.float32)
@@ -88,7 +100,8 @@ def test_default_blocks_agree_with_all_pairs():
     q, k, v = inputs(2 * 4 * attention_module.BLOCK + 37, B=1, H=2, G=1)
     for window in (None, 40, 700):
         got, wanted = (
-            jax.jit(lambda *x, f=form, w=window: attention(*x, form=f, window=w)[0])(q, k, v) for form in ("chunked", "parallel")
+            jax.jit(lambda *x, f=form, w=window: attention(*x, form=f, window=w)[0])(q, k, v)
+            for form in ("chunked", "parallel")
         )
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-6)
 

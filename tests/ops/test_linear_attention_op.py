@@ -59,7 +59,9 @@ def test_gradient_holds_nothing_quadratic_and_no_state_a_token(decay):
 @pytest.mark.parametrize("decay", [None, "scalar", "vector"])
 def test_residuals_are_the_inputs(decay):
     arrays, state = inputs(0, 1, 64, 2, 8, 8, decay)
-    _, pullback = jax.vjp(lambda *x: linear_attention(*x[:-1], initial_state=x[-1], form="chunked", chunk_size=8), *arrays, state)
+    _, pullback = jax.vjp(
+        lambda *x: linear_attention(*x[:-1], initial_state=x[-1], form="chunked", chunk_size=8), *arrays, state
+    )
     kept = sum(x.size for x in jax.tree.leaves(pullback) if x.ndim > 0)
     assert kept <= sum(x.size for x in (*arrays, state))
 
