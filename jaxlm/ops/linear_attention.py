@@ -12,7 +12,9 @@ The chunked form splits time into chunks of C tokens. With h the state that ente
 
 Every weight here is a product of factors a in [0, 1], never a quotient, nor the exponential of a difference of
 cumulative sums: nothing overflows, and a token decayed by exp(-80) costs its neighbours no digits. A document boundary
-is a factor 0. The weights in P factorise over a binary tree: the pair (i, j) parts at exactly one block of 2s tokens, with i in its
+is a factor 0.
+
+The weights in P factorise over a binary tree: the pair (i, j) parts at exactly one block of 2s tokens, with i in its
 right half and j in its left, and prod_{j<l<=i} a_l is the product over the left half after j times that over the right
 half up to i. So P is matrix products of tokens scaled by factors <= 1, for decays of any strength, and no factor that
 enters row i belongs to a token after i.

@@ -1,0 +1,182 @@
+"""Configuration files and words: merging, types, and errors that name place and remedy."""
+
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import Field
+
+from jaxlm.config_loading import diff, format_diff, json_schema, load, parse_value, settings_help, to_yaml
+from jaxlm.schema import Schema, UserError
+
+
+class Cat(Schema):
+    kind: Literal["cat"] = "cat"
+    lives: int = Field(9, gt=0, description="How many.")
+
+
+class Dog(Schema):
+    kind: Literal["dog"] = "dog"
+    names: tuple[str, ...] = ()
+    speed: float = 1.0
+
+
+Pet = Annotated[Cat | Dog, Field(discriminator="kind")]
+
+
+class House(Schema):
+    width: int = 3
+    note: str | None = None
+    warm: bool = False
+
+
+class Root(Schema):
+    name: str
+    rate: float = 1e-3
+    house: House = House()
+    pet: Pet = Cat()
+    pets: tuple[Pet, ...] = ()
+    zoo: dict[str, Pet] = Field(default_factory=dict)
+
+
+def write(tmp_path, text, name="a.yaml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def fails(tmp_path, text, *overrides):
+    with pytest.raises(UserError) as error:
+        load(Root, write(tmp_path, text), overrides)
+    return str(error.value).replace(str(tmp_path) + "/", "")
+
+
+def test_values_sources_and_overrides(tmp_path):
+    path = write(tmp_path, "name: x\nhouse:\n  width: 5\npets:\n  - {kind: dog, names: [a, b]}\n")
+    loaded = load(Root, path, ["house.width=7", "pets.0.speed=2", "rate=1e-4", "zoo.big={kind: cat, lives: 3}"])
+    assert loaded.config == Root(
+        name="x", house=House(width=7), rate=1e-4, pets=(Dog(names=("a", "b"), speed=2.0),), zoo={"big": Cat(lives=3)}
+    )
+    assert loaded.sources["name"] == f"{path}:1"
+    assert loaded.sources["house.width"] == "command line"
+    assert loaded.overridden[0] == ("house.width", 5, 7)
+    assert loaded.overridden[2] == ("rate", "(default)", 1e-4)
+
+
+def test_base_merges_mappings_replaces_lists_and_whole_kinds(tmp_path):
+    write(tmp_path, "name: base\nhouse: {width: 5, note: old}\npet: {kind: cat, lives: 2}\npets: [{kind: cat}]\n", "base.yaml")
+    (tmp_path / "sub").mkdir()
+    path = write(tmp_path, "base: ../base.yaml\nhouse: {note: new}\npet: {kind: dog, speed: 3}\npets: []\n", "sub/a.yaml")
+    config = load(Root, path).config
+    assert config == Root(name="base", house=House(width=5, note="new"), pet=Dog(speed=3.0), pets=())
+    same_kind = write(tmp_path, "base: base.yaml\npet: {lives: 4}\n", "b.yaml")
+    assert load(Root, same_kind).config.pet == Cat(lives=4)
+
+
+def test_a_base_that_leads_back_is_an_error(tmp_path):
+    write(tmp_path, "base: b.yaml\n", "a.yaml")
+    write(tmp_path, "base: a.yaml\n", "b.yaml")
+    with pytest.raises(UserError, match="leads back to itself: a.yaml -> b.yaml -> a.yaml"):
+        load(Root, tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\nhouse:\n  widht: 5\n", "a.yaml:3: house.widht: unknown key; did you mean 'width'?"),
+        ("name: x\nzzz: 5\n", "a.yaml:2: zzz: unknown key (known: name, rate, house, pet, pets, zoo)"),
+        ("house: {}\n", "a.yaml:1: name: required but not given"),
+        ("name: x\nhouse: {width: '5'}\n", "a.yaml:2: house.width: input should be a valid integer, got '5'"),
+        ("name: x\nhouse: {width: true}\n", "a.yaml:2: house.width: input should be a valid integer, got true"),
+        ("name: x\nhouse: {width: 1.5}\n", "a.yaml:2: house.width: input should be a valid integer"),
+        ("name: x\nhouse: {warm: yes}\n", "a.yaml:2: house.warm: input should be a valid boolean, got 'yes'"),
+        ("name: 5\n", "a.yaml:1: name: input should be a valid string, got 5"),
+        ("name: x\nrate: fast\n", "a.yaml:2: rate: input should be a valid number, got fast"),
+        ("name: x\npet: {kind: cta}\n", "a.yaml:2: pet.kind: unknown kind 'cta'; did you mean 'cat'? (known: cat, dog)"),
+        ("name: x\npet: {lives: 3}\n", "a.yaml:2: pet: needs a `kind`: one of cat, dog"),
+        ("name: x\npet: {kind: cat, lives: 0}\n", "a.yaml:2: pet.lives: input should be greater than 0, got 0"),
+        ("name: x\npets:\n  - {kind: cat}\n  - {kind: dog, spede: 1}\n", "a.yaml:4: pets.1.spede: unknown key; did you mean 'speed'?"),
+        ("name: x\nzoo:\n  a: {kind: dog, names: 3}\n", "a.yaml:3: zoo.a.names: "),
+        ("name: x\nname: y\n", "a.yaml:2: name: given twice; keep one"),
+        ("name: [x\n", "a.yaml:2: not valid YAML"),
+        ("- a\n- b\n", "a.yaml:1: a config is a mapping of settings, got a list"),
+    ],
+)
+def test_errors_name_file_line_key_and_remedy(tmp_path, text, message):
+    assert message in fails(tmp_path, text)
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    lines = fails(tmp_path, "name: 5\nhouse: {widht: 1}\n", "rate=fast").splitlines()
+    assert len(lines) == 3
+    assert any(line.startswith("command line: rate:") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("house.width", "settings are given as key=value, e.g. house.width=..."),
+        ("--house.width=5", "settings are given as key=value, e.g. house.width=5"),
+        ("house..width=5", "settings are given as key=value"),
+        ("house.widht=5", "command line: house.widht: unknown key; did you mean 'width'?"),
+        ("pets.3.speed=1", "pets is a list of 0"),
+        ("rate=[1", "command line: rate:1: not valid YAML"),
+    ],
+)
+def test_wrong_words_are_named(tmp_path, word, message):
+    assert message in fails(tmp_path, "name: x\npets: []\n", word)
+
+
+def test_missing_files_show_what_is_there(tmp_path):
+    write(tmp_path, "name: x\n", "quick.yaml")
+    with pytest.raises(UserError, match=r"quik.yaml: no such file; did you mean 'quick.yaml'\? \(there: quick.yaml\)"):
+        load(Root, tmp_path / "quik.yaml")
+    path = write(tmp_path, "base: gone.yaml\nname: x\n", "b.yaml")
+    with pytest.raises(UserError, match=r"gone.yaml: no such file"):
+        load(Root, path)
+
+
+texts = st.one_of(st.sampled_from(["1e-3", "yes", "null", "a: b", "~", "0x1F", "1_000", "- a", "#", "", "on", "2024-01-01", "é"]), st.text())
+
+
+@settings(max_examples=80, deadline=None)
+@given(name=texts, note=st.none() | texts, rate=st.floats(allow_nan=False), width=st.integers(-(2**60), 2**60))
+def test_what_is_printed_loads_again(tmp_path_factory, name, note, rate, width):
+    config = Root(name=name, rate=rate, house=House(note=note, width=width), pets=(Dog(names=(name,)), Cat()), zoo={"k": Cat()})
+    path = tmp_path_factory.mktemp("yaml") / "a.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load(Root, path).config == config
+
+
+def test_floats_are_floats_however_they_are_written(tmp_path):
+    for text in ("1e-3", "1.0e-3", ".001", "0.001", "1E-3"):
+        assert load(Root, write(tmp_path, f"name: x\nrate: {text}\n")).config.rate == 1e-3
+    assert load(Root, write(tmp_path, "name: x\nrate: 2\n")).config.rate == 2.0
+
+
+def test_diff_names_leaves():
+    a, b = Root(name="x", pets=(Cat(),)), Root(name="x", pet=Dog(), house=House(width=4), pets=(Cat(), Cat(lives=1)))
+    found = diff(a, b)
+    assert ("house.width", 3, 4) in found
+    assert ("pet.kind", "cat", "dog") in found
+    assert ("pet.lives", 9, "(absent)") in found
+    assert ("pets.1.lives", "(absent)", 1) in found
+    assert not any(name == "name" for name, *_ in found)
+    assert diff(a, a) == []
+    assert "house.width" in format_diff(found)
+
+
+def test_schema_and_help_cover_every_setting():
+    schema = json_schema(Root)
+    assert {"base", "name", "pets"} <= set(schema["properties"])
+    assert "required" not in schema
+    text = settings_help(Root)
+    for line in ("house.width: int = 3", "pet[cat].lives: int = 9", "zoo.NAME[dog].speed: float = 1.0", "How many."):
+        assert line in text
+
+
+def test_one_value_from_a_word():
+    assert parse_value(Pet, "{kind: dog, speed: 2}", "--pet") == Dog(speed=2.0)
+    with pytest.raises(UserError, match=r"--pet: kind: unknown kind|--pet.*unknown kind 'dgo'; did you mean 'dog'"):
+        parse_value(Pet, "{kind: dgo}", "--pet")
