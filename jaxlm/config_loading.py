@@ -1,33 +1,36 @@
 """From YAML files and `key=value` words to validated settings, with errors that name the file, line and remedy.
 
-A file may name one `base:` (relative to itself) whose values it changes: mappings merge, lists and scalars replace, and a
-mapping whose `kind` differs replaces the base's whole.
+A file may name one `base:` (relative to itself) whose values it changes: mappings merge, lists and scalars replace,
+and a mapping whose `kind` differs replaces the base's whole.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
+import pydantic_core
 import yaml
 
 from jaxlm.schema import Schema, UserError, did_you_mean
 
-Key = tuple[str | int, ...]
+# The parts of a dotted name; list positions are decimal words.
+Key = tuple[str, ...]
 
 COMMAND_LINE = "command line"
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded[T: Schema]:
-    """A validated config, where each value came from, and what `key=value` words changed."""
+    """A validated config, where each given value came from, and (name, old, new) of every `key=value` word."""
 
     config: T
     sources: dict[str, str]
@@ -35,11 +38,11 @@ class Loaded[T: Schema]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are those of YAML 1.2: `1e-3` is one, `yes` is a word."""
+    """YAML whose plain words mean what YAML 1.2 says: `1e-3` is a number; `yes`, `010`, `1:30` and dates are text."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:float", "tag:yaml.org,2002:bool")]
+    first: [(tag, regexp) for tag, regexp in resolvers if tag == "tag:yaml.org,2002:null"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -49,11 +52,17 @@ _Loader.add_implicit_resolver(
         |\.\d+(?:[eE][-+]?\d+)?                       # .5
         |\d[\d_]*[eE][-+]?\d+                         # 1e-3
         |\.(?:inf|Inf))$|\.(?:nan|NaN)$""",
-        re.VERBOSE,
+        re.VERBOSE | re.ASCII,
     ),
     list("-+.0123456789"),
 )
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|false|False)$"), list("tTfF"))
+
+# What a settings file is made of; anything else (!!binary, !!set, !mine) is an error.
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("map", "seq", "str", "int", "float", "bool", "null")}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -74,35 +83,45 @@ def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
     return dumper.represent_scalar("tag:yaml.org,2002:float", text)
 
 
+def _represent_str(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    # Line breaks beside \n are escaped: PyYAML folds them when it reads plain or single-quoted text.
+    style = '"' if any(c in value for c in "\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
 _Dumper.add_representer(float, _represent_float)
+_Dumper.add_representer(str, _represent_str)
 
 
-def load[T: Schema](root: type[T], path: str | Path | None, overrides: Sequence[str] = (), defaults: Mapping | None = None) -> Loaded[T]:
+def load[T: Schema](root: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> Loaded[T]:
     """Read a config.
 
     Args:
       root: the settings class.
       path: a YAML file; None for none.
       overrides: `a.b=value` words, values in YAML; `a.0.b` reaches into lists.
-      defaults: values under those of the file.
 
     Raises:
       UserError: with every problem on a line of its own: `file:line: key: what is wrong; the remedy`.
     """
-    sources: dict[Key, str] = {}
-    values = dict(defaults or {})
-    if path is not None:
-        values = _merge(values, _read_file(Path(path), sources, ()))
+    problems: list[str] = []
+    values, sources = ({}, {}) if path is None else _read_file(Path(path), (), problems)
     overridden = []
     for word in overrides:
-        key, value = _parse_override(word)
-        overridden.append((".".join(map(str, key)), _lookup(values, key), value))
-        _assign(values, key, value, word)
-        sources = {k: v for k, v in sources.items() if k[: len(key)] != key}
-        sources[key] = COMMAND_LINE
-    config = _validate(root, values, sources, "" if path is None else str(path))
-    overridden = [(name, before if before is not _ABSENT else "(default)", value) for name, before, value in overridden]
-    return Loaded(config, {".".join(map(str, k)): v for k, v in sources.items()}, overridden)
+        try:
+            key, value = _parse_override(word)
+            found = _lookup(values, key)
+            # Copies, because later words may change what lies inside.
+            before = "(default)" if found is _ABSENT else copy.deepcopy(found)
+            changed = _assign(values, key, copy.deepcopy(value), word)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        overridden.append((".".join(key), before, value))
+        sources = {k: place for k, place in sources.items() if k[: len(changed)] != changed}
+        sources |= dict.fromkeys((changed, *_keys(value, key)), COMMAND_LINE)
+    config = _validate(root, values, sources, "" if path is None else str(path), problems)
+    return Loaded(config, {".".join(k): place for k, place in sources.items() if k}, overridden)
 
 
 def parse_value(annotation: Any, text: str, where: str) -> Any:
@@ -112,18 +131,14 @@ def parse_value(annotation: Any, text: str, where: str) -> Any:
       UserError: naming `where`.
     """
     value = _parse_yaml(text, where)
-
-    class Holder(Schema):
-        value: annotation  # type: ignore[valid-type]
-
-    return _validate(Holder, {"value": value}, {("value",): where}, where, drop=1).value
+    holder = pydantic.create_model("Holder", __base__=Schema, value=(annotation, ...))
+    return _validate(holder, {"value": value}, {("value",): where}, where, drop=1).value
 
 
 def to_yaml(config: Schema) -> str:
     """The config as YAML in the order of its fields; `load` gives the same config back."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False
-    )
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, default_flow_style=False)
 
 
 ABSENT = "(absent)"
@@ -134,10 +149,17 @@ def diff(a: Schema, b: Schema) -> list[tuple[str, Any, Any]]:
     left, right = dict(_leaves(a.model_dump(mode="json"))), dict(_leaves(b.model_dump(mode="json")))
     names = [*left, *(name for name in right if name not in left)]
     missing = object()
+
+    def filled(name: str, these: dict, those: dict) -> bool:
+        # An empty list or mapping that has entries on the other side: those differ, one by one.
+        return these.get(name) in ([], {}) and any(other.startswith(f"{name}.") for other in those)
+
     return [
         (name, left.get(name, ABSENT), right.get(name, ABSENT))
         for name in names
         if left.get(name, missing) != right.get(name, missing)
+        and not filled(name, left, right)
+        and not filled(name, right, left)
     ]
 
 
@@ -145,7 +167,8 @@ def format_diff(differences: Sequence[tuple[str, Any, Any]], names: tuple[str, s
     """One line a difference."""
     width = max((len(name) for name, *_ in differences), default=0)
     return "\n".join(
-        f"  {name:<{width}}  {names[0]}: {_show(before)}  {names[1]}: {_show(after)}" for name, before, after in differences
+        f"  {name:<{width}}  {names[0]}: {_show(before)}  {names[1]}: {_show(after)}"
+        for name, before, after in differences
     )
 
 
@@ -154,8 +177,9 @@ def json_schema(root: type[Schema]) -> dict:
     schema = root.model_json_schema()
     base = {"type": "string", "description": "A config that this one changes, relative to this file."}
     schema["properties"] = {"base": base, **schema["properties"]}
-    # What a base may hold need not be here.
-    schema.pop("required", None)
+    # What a base may hold need not be here, at any depth.
+    for section in (schema, *schema.get("$defs", {}).values()):
+        section.pop("required", None)
     return schema
 
 
@@ -174,133 +198,183 @@ def describe_settings(root: type[Schema], prefix: str = "") -> Iterator[tuple[st
         path = f"{prefix}{name}"
         annotation = field.annotation
         default = "(required)" if field.is_required() else _show_default(field)
-        members = _schemas_in(annotation)
-        yield path, _type_name(annotation), "" if members and default != "(required)" else default, field.description or ""
+        yield path, _type_name(annotation), default, field.description or ""
         suffix = {"dict": ".NAME", "tuple": ".0", "list": ".0"}.get(_container(annotation), "")
-        for member in members:
-            kind = member.model_fields.get("kind")
-            tag = f"[{kind.default}]" if kind is not None else ""
-            yield from describe_settings(member, f"{path}{suffix}{tag}.")
+        for member in _schemas_in(annotation):
+            kinds = _kinds(member)
+            yield from describe_settings(member, f"{path}{suffix}[{kinds[0]}]." if kinds else f"{path}{suffix}.")
 
 
 # Reading
 
 
-def _read_file(path: Path, sources: dict[Key, str], chain: tuple[Path, ...]) -> dict:
+def _read_file(
+    path: Path, chain: tuple[Path, ...], problems: list[str], named_by: str = ""
+) -> tuple[dict, dict[Key, str]]:
+    """Values of a file on top of those of its base, and the place of each; `named_by` says where its name stands."""
     resolved = path.resolve()
     if resolved in chain:
-        raise UserError(f"{path}: its `base` leads back to itself: {' -> '.join(str(p.name) for p in (*chain, resolved))}")
+        names = " -> ".join(p.name for p in (*chain, resolved))
+        raise UserError(f"{named_by}{path}: its `base` leads back to itself: {names}; remove one of them")
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         there = f" (there: {', '.join(near)})" if near else ""
-        raise UserError(f"{path}: no such file{did_you_mean(path.name, near)}{there}")
+        what = "is a directory, not a file" if path.is_dir() else "no such file"
+        raise UserError(f"{named_by}{path}: {what}{did_you_mean(path.name, near)}{there}")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    node = _compose(text, str(path))
+
+    def where(line: int) -> str:
+        return f"{path}:{line}"
+
+    node = _compose(text, where)
     if node is None:
-        return {}
+        return {}, {}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:1: a config is a mapping of settings, got {_kind_of(node)}")
-    own_sources: dict[Key, str] = {}
-    values = _construct(node, str(path), (), own_sources)
+        raise UserError(f"{where(1)}: a config is a mapping of settings, got {_kind_of(node)}")
+    sources: dict[Key, str] = {}
+    values = _construct(node, where, (), sources, problems)
     base = values.pop("base", None)
-    if base is not None:
-        if not isinstance(base, str):
-            raise UserError(f"{own_sources[('base',)]}: base: expected the name of one file, got {_show(base)}")
-        values = _merge(_read_file(path.parent / base, sources, (*chain, resolved)), values)
-    sources.update(own_sources)
-    return values
+    if base is None:
+        return values, {k: place for k, place in sources.items() if k != ("base",)}
+    place = sources[("base",)]
+    if not isinstance(base, str):
+        raise UserError(f"{place}: base: expected the name of one file, got {_show(base)}")
+    base_values, base_sources = _read_file(path.parent / base, (*chain, resolved), problems, f"{place}: base: ")
+    values = _merge(base_values, values)
+    # Values of the base that were replaced have no place any more.
+    merged = {**base_sources, **sources}
+    return values, {k: place for k, place in merged.items() if _lookup(values, k) is not _ABSENT}
 
 
-def _compose(text: str, where: str) -> yaml.Node | None:
+def _compose(text: str, where: Callable[[int], str]) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = "" if mark is None else f":{mark.line + 1}"
-        raise UserError(f"{where}{line}: not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error}") from error
+        raise UserError(f"{where(mark.line + 1)}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{where(line)}: not valid YAML: {str(error).splitlines()[0]}") from error
 
 
-def _construct(node: yaml.Node, file: str, key: Key, sources: dict[Key, str]) -> Any:
-    place = f"{file}:{node.start_mark.line + 1}"
+def _construct(
+    node: yaml.Node,
+    where: Callable[[int], str],
+    key: Key,
+    sources: dict[Key, str],
+    problems: list[str],
+    parents: tuple[yaml.Node, ...] = (),
+) -> Any:
+    """The value of a node; notes the place of everything in it, and problems that do not stop the reading."""
+    place = where(node.start_mark.line + 1)
     sources.setdefault(key, place)
+    if any(node is parent for parent in parents):
+        raise UserError(f"{place}: {'.'.join(key)}: an alias to what it stands in; write the value out")
+    if node.tag not in _TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise UserError(f"{place}: {'.'.join(key)}: the tag {tag} is not read here; write a plain value")
     if isinstance(node, yaml.MappingNode):
         values: dict = {}
         for name_node, value_node in node.value:
-            name = _scalar(name_node)
-            where = f"{file}:{name_node.start_mark.line + 1}"
-            if isinstance(name, (dict, list)) or name is None:
-                raise UserError(f"{where}: a setting's name is a word, got {_show(name)}")
-            name = str(name)
-            if name in values:
-                raise UserError(f"{where}: {'.'.join(map(str, (*key, name)))}: given twice; keep one")
-            sources[(*key, name)] = where
-            values[name] = _construct(value_node, file, (*key, name), sources)
+            place = where(name_node.start_mark.line + 1)
+            if not isinstance(name_node, yaml.ScalarNode):
+                raise UserError(f"{place}: a setting's name is a word, got {_kind_of(name_node)}")
+            # The text itself, so that an entry named 1e-3 or true keeps its name.
+            name = name_node.value
+            inner = (*key, name)
+            if name == "<<" and name_node.style is None:
+                problems.append(f"{place}: {'.'.join(inner)}: YAML merge keys are not read here; use `base`")
+            elif name in values:
+                problems.append(f"{place}: {'.'.join(inner)}: given twice; keep one")
+            else:
+                sources[inner] = place
+                values[name] = _construct(value_node, where, inner, sources, problems, (*parents, node))
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_construct(item, file, (*key, i), sources) for i, item in enumerate(node.value)]
-    return _scalar(node)
-
-
-def _scalar(node: yaml.Node) -> Any:
-    loader = _Loader("")
+        return [
+            _construct(item, where, (*key, str(i)), sources, problems, (*parents, node))
+            for i, item in enumerate(node.value)
+        ]
     try:
-        return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"line {node.start_mark.line + 1}: cannot read {node.value!r}: {error}") from error
+        return _Loader("").construct_object(node)
+    except (ValueError, KeyError) as error:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise UserError(f"{place}: {'.'.join(key)}: {node.value!r} is no {tag}") from error
 
 
 def _parse_yaml(text: str, where: str) -> Any:
-    node = _compose(text, where)
-    return None if node is None else _construct(node, where, (), {})
+    def place(line: int) -> str:
+        return where
+
+    node = _compose(text, place)
+    problems: list[str] = []
+    value = None if node is None else _construct(node, place, (), {}, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    return value
 
 
 def _parse_override(word: str) -> tuple[Key, Any]:
     name, equals, text = word.partition("=")
     plain = name.lstrip("-")
-    if not equals or name != plain or not plain or any(not part for part in plain.split(".")):
-        raise UserError(f"{word}: settings are given as key=value, e.g. {plain or 'train.steps'}={text or '...'}")
-    value = _parse_yaml(text, f"{COMMAND_LINE}: {name}")
-    return tuple(int(part) if part.isdigit() else part for part in name.split(".")), value
+    if not equals or name != plain or not all(plain.split(".")):
+        example = f"{plain or 'train.steps'}={text or '...'}"
+        raise UserError(f"{word}: settings are given as key=value, e.g. {example}")
+    return tuple(name.split(".")), _parse_yaml(text, f"{COMMAND_LINE}: {name}")
 
 
 _ABSENT = object()
 
 
+def _position(items: list, part: str) -> int | None:
+    return int(part) if re.fullmatch("[0-9]+", part) and int(part) < len(items) else None
+
+
 def _lookup(values: Any, key: Key) -> Any:
     for part in key:
-        if isinstance(values, Mapping) and str(part) in values:
-            values = values[str(part)]
-        elif isinstance(values, list) and isinstance(part, int) and part < len(values):
+        if isinstance(values, dict) and part in values:
             values = values[part]
+        elif isinstance(values, list) and _position(values, part) is not None:
+            values = values[int(part)]
         else:
             return _ABSENT
     return values
 
 
-def _assign(values: dict, key: Key, value: Any, word: str) -> None:
+def _keys(value: Any, key: Key) -> Iterator[Key]:
+    """`key` and those of everything in its value."""
+    yield key
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _keys(item, (*key, str(name)))
+
+
+def _assign(values: dict, key: Key, value: Any, word: str) -> Key:
+    """Set the value in place, making the mappings that lead to it; returns the name of the outermost thing replaced."""
     node: Any = values
     for i, part in enumerate(key):
-        last = i == len(key) - 1
+        index: str | int = part
         if isinstance(node, list):
-            if not isinstance(part, int) or part >= len(node):
-                name = ".".join(map(str, key[:i]))
-                raise UserError(f"{COMMAND_LINE}: {word}: {name} is a list of {len(node)}; its items are 0 to {len(node) - 1}")
-        else:
-            part = str(part)
-        if last:
-            node[part] = value
-        elif isinstance(node, list) or isinstance(node.get(part), (dict, list)):
-            node = node[part]
-            if not isinstance(node, (dict, list)):
-                raise UserError(f"{COMMAND_LINE}: {word}: {'.'.join(map(str, key[: i + 1]))} has no settings of its own")
-        else:
-            node[part] = {}
-            node = node[part]
+            position = _position(node, part)
+            if position is None:
+                name = ".".join(key[:i])
+                raise UserError(
+                    f"{COMMAND_LINE}: {word}: {name} is a list of {len(node)} and has no item {part}; "
+                    f"give the list whole: {name}=[...]"
+                )
+            index = position
+        below = key[i + 1 :]
+        current = node[index] if isinstance(node, list) else node.get(part)
+        if not below or not isinstance(current, (dict, list)):
+            for name in reversed(below):
+                value = {name: value}
+            node[index] = value
+            return key[: i + 1]
+        node = current
+    raise AssertionError("a key has at least one part")
 
 
 def _merge(base: Any, new: Any) -> Any:
@@ -314,70 +388,76 @@ def _merge(base: Any, new: Any) -> Any:
 # Checking
 
 
-def _validate[T: Schema](root: type[T], values: dict, sources: dict[Key, str], where: str, drop: int = 0) -> T:
+def _validate[T: Schema](
+    root: type[T], values: dict, sources: dict[Key, str], where: str, problems: Sequence[str] = (), drop: int = 0
+) -> T:
+    found = list(problems)
     try:
         # As JSON, strictly: no number is made of a string or a boolean, yet a list may stand for a tuple.
-        return root.model_validate_json(json.dumps(values, default=str), strict=True)
+        config = root.model_validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
-        problems = sorted({_explain(root, problem, sources, where, drop) for problem in error.errors()})
-        raise UserError("\n".join(problems)) from error
+        found += [_explain(root, problem, sources, where, drop) for problem in error.errors()]
+    if found:
+        raise UserError("\n".join(sorted(dict.fromkeys(found), key=_natural)))
+    return config
 
 
-def _explain(root: type[Schema], problem: dict, sources: dict[Key, str], where: str, drop: int) -> str:
-    key, owner = _real_key(root, problem["loc"])
-    place = next((sources[key[:n]] for n in range(len(key), -1, -1) if key[:n] in sources), where)
-    name = ".".join(map(str, key[drop:]))
-    prefix = ": ".join(part for part in (place, name) if part)
+def _natural(line: str) -> list[str | int]:
+    """Sorts line 9 of a file before its line 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", line))]
+
+
+def _explain(root: type[Schema], problem: Any, sources: dict[Key, str], where: str, drop: int) -> str:
+    key, owner, annotation = _resolve(root, problem["loc"])
     kind, given = problem["type"], problem.get("input")
     context = problem.get("ctx", {})
+    if kind == "union_tag_invalid":
+        key = (*key, "kind")
+    place = next((sources[key[:n]] for n in range(len(key), -1, -1) if key[:n] in sources), where)
+    prefix = ": ".join(part for part in (place, ".".join(key[drop:])) if part)
     if kind == "extra_forbidden":
         known = [] if owner is None else list(owner.model_fields)
-        hint = did_you_mean(str(key[-1]), known) or (f" (known: {', '.join(known)})" if known else "")
+        guesses = [*known, "base"] if owner is root and not drop else known
+        hint = did_you_mean(key[-1], guesses) or f" (known: {', '.join(known)})"
         return f"{prefix}: unknown key{hint}"
     if kind == "missing":
         return f"{prefix}: required but not given"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tags = [tag.strip(" '") for tag in context.get("expected_tags", "").split(",")] if context.get("expected_tags") else []
-        tags = tags or _tags(root, problem["loc"])
+        tags = [tag for member in _schemas_in(annotation) for tag in _kinds(member)]
         if kind == "union_tag_not_found":
-            return f"{prefix}: needs a `kind`" + (f": one of {', '.join(tags)}" if tags else "")
-        tag = context.get("tag", "")
-        return f"{prefix}.kind: unknown kind {tag!r}{did_you_mean(str(tag), tags)} (known: {', '.join(tags)})"
+            return f"{prefix}: needs a `kind`: one of {', '.join(tags)}"
+        tag = str(context["tag"])
+        return f"{prefix}: unknown kind {tag!r}{did_you_mean(tag, tags)} (known: {', '.join(tags)})"
     if kind == "value_error":
         return f"{prefix}: {context['error']}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
+    # pydantic speaks of JSON, whose words for these differ from YAML's.
+    message = message.replace("a valid array", "a list").replace("an object", "a mapping")
     return f"{prefix}: {message}, got {_show(given)}"
 
 
-def _real_key(root: Any, location: tuple) -> tuple[Key, type[Schema] | None]:
-    """A pydantic error's location without the union tags in it, and the settings class that the last part belongs to."""
-    key: list[str | int] = []
-    owner: Any = root
+def _resolve(root: type[Schema], location: tuple) -> tuple[Key, type[Schema] | None, Any]:
+    """Of a pydantic error's location: the key without union tags, the settings class that holds it, its annotation."""
+    key: list[str] = []
+    owner: type[Schema] | None = None
     current: Any = root
     for part in location:
         current = _strip(current)
-        members = _schemas_in(current) if not _is_schema(current) else []
         container = _container(current)
-        if members and container == "" and isinstance(part, str) and _member(members, part) is not None:
-            current = _member(members, part)
+        if typing.get_origin(current) in (typing.Union, types.UnionType):
+            # The part says which member of the union was tried; it is no word of the file.
+            current = next((member for member in _schemas_in(current) if part in _kinds(member)), current)
             continue
-        key.append(part)
-        owner = None
-        if _is_schema(current):
-            owner = current
-            field = current.model_fields.get(part) if isinstance(part, str) else None
-            current = field.annotation if field is not None else None
-        elif len(members) == 1 and container == "":
-            owner = members[0]
-            field = members[0].model_fields.get(part) if isinstance(part, str) else None
-            current = field.annotation if field is not None else None
-        elif container in ("tuple", "list"):
-            current = typing.get_args(current)[0]
-        elif container == "dict":
-            current = typing.get_args(current)[1]
+        key.append(str(part))
+        owner = current if _is_schema(current) else None
+        if owner is not None:
+            field = owner.model_fields.get(part)
+            current = None if field is None else field.annotation
+        elif container:
+            current = typing.get_args(current)[1 if container == "dict" else 0]
         else:
             current = None
-    return tuple(key), owner
+    return tuple(key), owner, current
 
 
 def _strip(annotation: Any) -> Any:
@@ -406,23 +486,10 @@ def _schemas_in(annotation: Any) -> list[type[Schema]]:
     return list(dict.fromkeys(s for a in typing.get_args(annotation) for s in _schemas_in(a)))
 
 
-def _member(members: Sequence[type[Schema]], tag: str) -> type[Schema] | None:
-    for member in members:
-        kind = member.model_fields.get("kind")
-        if kind is not None and kind.default == tag:
-            return member
-    return None
-
-
-def _tags(root: Any, location: tuple) -> list[str]:
-    current: Any = root
-    for part in location:
-        current = _strip(current)
-        if _is_schema(current) and part in current.model_fields:
-            current = current.model_fields[part].annotation
-        elif _container(current):
-            current = typing.get_args(current)[1 if _container(current) == "dict" else 0]
-    return [m.model_fields["kind"].default for m in _schemas_in(current) if "kind" in m.model_fields]
+def _kinds(schema: type[Schema]) -> tuple[str, ...]:
+    """The values of `kind` that stand for a member of a tagged union; none for other settings."""
+    field = schema.model_fields.get("kind")
+    return () if field is None else typing.get_args(field.annotation)
 
 
 # Showing
@@ -451,8 +518,9 @@ def _show(value: Any) -> str:
 def _show_default(field: pydantic.fields.FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, Schema):
-        return ""
-    return _show(list(value) if isinstance(value, tuple) else value)
+        # The kind says which; its settings follow in lines of their own.
+        return getattr(value, "kind", "")
+    return _show(pydantic_core.to_jsonable_python(value))
 
 
 def _type_name(annotation: Any) -> str:
@@ -466,11 +534,12 @@ def _type_name(annotation: Any) -> str:
         inner = typing.get_args(annotation_)[-1 if _container(annotation_) == "dict" else 0]
         name = f"{'mapping' if _container(annotation_) == 'dict' else 'list'} of {_type_name(inner)}"
     elif _schemas_in(annotation_):
-        name = "section by kind: " + " | ".join(str(m.model_fields["kind"].default) for m in _schemas_in(annotation_))
+        name = "section by kind: " + " | ".join(kind for member in _schemas_in(annotation_) for kind in _kinds(member))
     else:
         name = getattr(annotation_, "__name__", str(annotation_))
     return f"{name} | null" if optional else name
 
 
 def _kind_of(node: yaml.Node) -> str:
-    return "a list" if isinstance(node, yaml.SequenceNode) else f"{node.value!r}"
+    names = {yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping"}
+    return names.get(type(node), repr(node.value))

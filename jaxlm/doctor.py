@@ -38,7 +38,8 @@ def report(length: int) -> str:
         lines.append(f"  {extra}  {'installed' if there else f'not installed: pip install jaxlm[{extra}]'}")
     lines += [f"forms on {device.platform}, {dtype.name} (form=auto)"]
     for op in forms.OPS:
-        for tokens, use in ((length, "training and prefill"), (1, "decode")):
-            choice = forms.choose(op, "auto", T=tokens, dtype=dtype, platform=device.platform)
+        # Training rows are packed, so they come with segment ids.
+        for tokens, use, masked in ((length, "training", True), (1, "decode", False)):
+            choice = forms.choose(op, "auto", T=tokens, dtype=dtype, platform=device.platform, masked=masked)
             lines.append(f"  {op}, T={tokens} ({use})  {choice.form}: {choice.reason}")
     return "\n".join(lines)

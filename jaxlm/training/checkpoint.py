@@ -117,8 +117,8 @@ class Checkpoints:
         if _is_full_disk(error):
             free = shutil.disk_usage(self.directory).free
             return CheckpointError(
-                f"checkpoint {step} was not written: no space left under {self.directory} ({free / 2**20:,.0f} MiB free); {kept}. "
-                "Make room, or keep fewer checkpoints (checkpoint.keep_last), and run the same command again"
+                f"checkpoint {step} was not written: no space left under {self.directory} ({free / 2**20:,.0f} MiB free); "
+                f"{kept}. Make room, or keep fewer checkpoints (checkpoint.keep_last), and run the same command again"
             )
         return CheckpointError(f"checkpoint {step} was not written to {self.directory}: {_one_line(error)}; {kept}")
 
@@ -186,7 +186,8 @@ def _newest_readable(directory: Path, step: int | None, read: Callable[[Path], A
     unfinished = _unfinished(directory)
     if step is not None:
         if step not in steps:
-            raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'none'}")
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{directory}: no checkpoint of step {step}; there are {there}")
         steps = [step]
     skipped: list[tuple[int, str]] = []
     for number in sorted({*steps, *(unfinished if step is None else ())}, reverse=True):
@@ -213,7 +214,7 @@ def _steps(directory: Path) -> list[int]:
 
 
 def _step_folders(directory: Path) -> list[int]:
-    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir()) if directory.is_dir() else []
+    return sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit() and p.is_dir())
 
 
 def _unfinished(directory: Path) -> set[int]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+import jaxlm
 from jaxlm.config import OPERATIONAL, RunConfig
 from jaxlm.config_loading import diff, format_diff, load, to_yaml
 from jaxlm.schema import UserError, did_you_mean
@@ -26,12 +27,12 @@ from jaxlm.schema import UserError, did_you_mean
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 
-PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of what determines a run's numbers, and the devices."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "jaxlm": jaxlm.__version__}
     for package in PACKAGES:
         found[package] = importlib.metadata.version(package)
     found["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

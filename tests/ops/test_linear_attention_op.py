@@ -30,14 +30,14 @@ def value_and_gradients(form, chunk_size=64):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
 
-def every_array(jaxpr):
-    """Shapes of all intermediate values, in loops and calls too."""
+def every_equation(jaxpr):
+    """In loops and calls too."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        yield equation
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                yield from every_array(inner)
+                yield from every_equation(inner)
 
 
 @pytest.mark.parametrize("decay", [None, "scalar", "vector"])
@@ -47,7 +47,7 @@ def test_gradient_holds_nothing_quadratic_and_no_state_a_token(decay):
 
     def largest(form):
         jaxpr = jax.make_jaxpr(value_and_gradients(form, C))(arrays, state)
-        return max(math.prod(shape) for shape in every_array(jaxpr.jaxpr))
+        return max(math.prod(x.aval.shape) for equation in every_equation(jaxpr.jaxpr) for x in equation.outvars)
 
     # The largest inputs and scores of chunks have B T H max(K, V, C) elements, and the chunk states B H K V T/C.
     bound = B * T * H * max(K, V, C, K * V // C)
@@ -64,6 +64,16 @@ def test_residuals_are_the_inputs(decay):
     )
     kept = sum(x.size for x in jax.tree.leaves(pullback) if x.ndim > 0)
     assert kept <= sum(x.size for x in (*arrays, state))
+
+
+@pytest.mark.parametrize("decay", [None, "scalar", "vector"])
+def test_bfloat16_products_are_summed_in_float32(decay):
+    arrays, state = inputs(0, 1, 8, 2, 4, 4, decay)
+    low = (*(x.astype(jnp.bfloat16) for x in arrays[:3]), *arrays[3:])
+    jaxpr = jax.make_jaxpr(value_and_gradients("chunked", 4))(low, state)
+    products = [equation for equation in every_equation(jaxpr.jaxpr) if equation.primitive.name == "dot_general"]
+    assert len(products) > 10
+    assert all(equation.outvars[0].aval.dtype == jnp.float32 for equation in products)
 
 
 @pytest.mark.parametrize("decay", ["scalar", "vector"])

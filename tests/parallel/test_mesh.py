@@ -60,7 +60,8 @@ def test_copies_of_parameters_in_an_optimizer_state_live_beside_them():
     }
     shardings = mesh_lib.param_shardings(infos, mesh, mesh_lib.DEFAULT_RULES)
     shape = jax.ShapeDtypeStruct
-    state = ({"mu": {"a": {"kernel": shape((8, 4), jnp.float32)}, "b": {"kernel": shape((8, 2), jnp.float32)}}}, shape((), jnp.int32))
+    moments = {"a": {"kernel": shape((8, 4), jnp.float32)}, "b": {"kernel": shape((8, 2), jnp.float32)}}
+    state = ({"mu": moments}, shape((), jnp.int32))
     default = jax.NamedSharding(mesh, PartitionSpec())
     found = mesh_lib.like_params(state, infos, shardings, default)
     assert found[0]["mu"] == shardings

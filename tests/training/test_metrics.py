@@ -122,7 +122,7 @@ def test_the_plot_shows_what_was_logged(tmp_path):
     assert list(raw.get_xdata()) == [1, 2, 3]
     assert list(raw.get_ydata()) == [3.0, 1.5, 1.0]
     assert list(axes.lines[2].get_ydata()) == [1.25]
-    assert [t.get_text() for t in axes.get_legend().get_texts()][0] == "first: training"
+    assert axes.get_legend().get_texts()[0].get_text() == "first: training"
     path = plot_runs([tmp_path / "first"])
     assert path == tmp_path / "first" / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+from pydantic import AfterValidator, Field
 
 from jaxlm.layers.convolution import ShortConvolution
 from jaxlm.layers.linear import Dense
@@ -16,6 +17,17 @@ from jaxlm.parallel.mesh import constrain
 from jaxlm.schema import UserError
 
 State = dict[str, Array]
+
+
+def _power_of_two(size: int) -> int:
+    if size & (size - 1):
+        raise ValueError(f"{size} is not a power of two; the default is 64")
+    return size
+
+
+ChunkSize = Annotated[
+    int, Field(gt=0, description="Tokens a chunk of the chunked form: a power of two."), AfterValidator(_power_of_two)
+]
 
 
 class LayerContext(NamedTuple):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from jaxlm.layers.linear import Dense
-from jaxlm.layers.mixers.common import QKV, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
+from jaxlm.layers.mixers.common import QKV, ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.parallel.mesh import constrain
 from jaxlm.schema import Schema
@@ -29,7 +29,7 @@ class GLASettings(Schema):
     gate_normalizer: float = Field(16.0, gt=0, description="log decay = logsigmoid(gate) / gate_normalizer.")
     output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
     convolution: int = Field(0, ge=0, description="Width of a short convolution on q, k and v; 0 for none.")
-    chunk_size: int = Field(64, gt=0, description="Tokens a chunk of the chunked form.")
+    chunk_size: ChunkSize = 64
 
     def sizes(self, width: int) -> tuple[int, int]:
         keys = head_size(width * self.expand_k, self.heads, "gla.expand_k")

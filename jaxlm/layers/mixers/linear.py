@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field, model_validator
 
 from jaxlm.layers.activations import FEATURE_MAPS
-from jaxlm.layers.mixers.common import QKV, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
+from jaxlm.layers.mixers.common import QKV, ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.schema import Schema
 
@@ -32,7 +32,7 @@ class LinearSettings(Schema):
     normalizer: bool = Field(False, description="Divide by q_t . sum of keys (needs positive features).")
     output_gate: bool = Field(False, description="Multiply the normed output by swish of a projection.")
     convolution: int = Field(0, ge=0, description="Width of a short convolution on q, k and v; 0 for none.")
-    chunk_size: int = Field(64, gt=0, description="Tokens a chunk of the chunked form.")
+    chunk_size: ChunkSize = 64
 
     @model_validator(mode="after")
     def _normalizer_needs_positive_features(self):

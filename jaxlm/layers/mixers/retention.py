@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
-from jaxlm.layers.mixers.common import QKV, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
+from jaxlm.layers.mixers.common import QKV, ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
 from jaxlm.layers.positions import positions_in_segments, rotary
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.params import param
@@ -32,7 +32,7 @@ class RetentionSettings(Schema):
     rope_base: float | None = Field(10_000.0, gt=1, description="Base of the rotary embedding on q and k; null for none.")
     output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
     convolution: int = Field(0, ge=0, description="Width of a short convolution on q, k and v; 0 for none.")
-    chunk_size: int = Field(64, gt=0, description="Tokens a chunk of the chunked form.")
+    chunk_size: ChunkSize = 64
 
     def sizes(self, width: int) -> tuple[int, int]:
         keys = head_size(width * self.expand_k, self.heads, "retention.expand_k")
