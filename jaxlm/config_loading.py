@@ -111,8 +111,8 @@ def load[T: Schema](root: type[T], path: str | Path | None, overrides: Sequence[
         try:
             key, value = _parse_override(word)
             found = _lookup(values, key)
-            # Copies, because later words may change what lies inside.
-            before = "(default)" if found is _ABSENT else copy.deepcopy(found)
+            before = "(default)" if found is _ABSENT else found
+            # A copy, because later words may change what lies inside.
             changed = _assign(values, key, copy.deepcopy(value), word)
         except UserError as error:
             problems.append(str(error))

@@ -129,7 +129,9 @@ def test_remat_changes_no_gradient(remat):
         return jax.jit(jax.grad(lambda t: jnp.mean(nnx.merge(graphdef, t)(tokens(11))[0] ** 2)))(tree)
 
     plain, again = gradient(hybrid()), gradient(hybrid(remat=remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), plain, again)
+    rms = lambda x: float(jnp.sqrt(jnp.mean(x**2)))  # noqa: E731
+    ratios = jax.tree.leaves(jax.tree.map(lambda a, b: rms(a - b) / rms(a) if rms(a) else rms(b), plain, again))
+    assert max(ratios) < 1e-4
 
 
 def test_lightning_decays_follow_the_layer():
