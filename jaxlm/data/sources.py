@@ -214,20 +214,24 @@ def list_files(source: Schema, where: str) -> list[SourceFile]:
     """
     if source.kind == "python_stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        found = [(path, path.relative_to(root)) for path in root.rglob("*.py")]
+        found = [(path, path.relative_to(root)) for path in root.rglob("*.py") if path.is_file()]
         keys = sorted((key.as_posix(), path) for path, key in found if not NOT_STDLIB.intersection(key.parts))
         if not keys:
             raise UserError(
                 f"{where}: empty corpus: this Python keeps no source files in {root}; use kind text instead"
             )
-        return [SourceFile(path, key) for key, path in keys]
+        # Distributions link some modules under a second name: a file counts once, by its own name.
+        unique = {}
+        for key, path in sorted(keys, key=lambda entry: entry[1].is_symlink()):
+            unique.setdefault(path.resolve(), SourceFile(path, key))
+        return sorted(unique.values(), key=lambda file: file.key)
     if source.kind == "array_record":
         return [
             SourceFile(path / shard["name"], shard["name"])
             for path in _dataset_paths(source, where)
             for shard in _read_dataset(path, where)["shards"]
         ]
-    unique: dict[Path, SourceFile] = {}
+    unique = {}
     for pattern in source.paths:
         for file in _expand(pattern, SUFFIXES[source.kind], where):
             unique.setdefault(file.path.resolve(), file)
