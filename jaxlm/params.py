@@ -25,6 +25,7 @@ ROLES = {
     "norm": "scale of a normalisation",
     "bias": "additive vector",
     "convolution": "depthwise short convolution [width, channels]",
+    "dynamics": "vector that sets a recurrence's rates (A_log, dt_bias, D, bounds, token-shift mixes): never decayed",
     "constant": "not trained: fixed by the architecture, kept here because it differs between stacked layers",
 }
 DECAYED_ROLES = frozenset({"input", "hidden", "output"})

@@ -134,9 +134,8 @@ def _compiled(graphdef: nnx.GraphDef, settings: SamplingSettings, vocab_size: in
 
     @functools.partial(jax.jit, donate_argnums=3)
     def prefill(params, tokens, segment_ids, state, keys):
-        model = nnx.merge(graphdef, params)
-        hidden, state = model.hidden(tokens, state, segment_ids)
-        return pick(model.logits(hidden[:, -1:])[:, 0], keys, 0), state
+        logits, state = nnx.merge(graphdef, params).prefill(tokens, state, segment_ids)
+        return pick(logits, keys, 0), state
 
     @functools.partial(jax.jit, donate_argnums=2)
     def decode(params, token, state, keys, position):

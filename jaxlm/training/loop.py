@@ -264,7 +264,7 @@ def summary(setup: Setup, overridden: Iterable[tuple]) -> list[str]:
     changes = ", ".join(f"{name}={new}" for name, _, new in overridden) or "none"
     rows = [
         ("run", f"{config.name} (seed {config.seed}), {config.train.steps} steps"),
-        ("model", f"{config.model.depth} blocks of width {config.model.width}, pattern {', '.join(config.model.pattern)}"),
+        ("model", f"{config.model.depth} blocks of width {config.model.width}: {config.model.describe_layout()}"),
         ("parameters", f"{total:,} ({format_count(total)}), of which embedding and readout {embedding:,}"),
         ("model FLOPs", f"{format_count(setup.flops_per_token)} per token (3 x forward; causal attention counted half)"),
         ("tokens a step", f"{config.tokens_per_step:,} = {config.data.batch_size} rows x {config.data.sequence_length}{micro}"),
@@ -279,7 +279,8 @@ def summary(setup: Setup, overridden: Iterable[tuple]) -> list[str]:
 
 def forms_in_use(config: RunConfig, platform: str, dtype) -> dict[str, forms.Choice]:
     """The form that each op of the model takes in training (rows are packed, so segment ids are given), and why."""
-    ops = dict.fromkeys(config.model.mixer(name).op for name in config.model.layer_names())
+    mixers = [config.model.mixer(name) for name in config.model.layer_names()]
+    ops = dict.fromkeys(mixer.op for mixer in mixers if mixer.op is not None)
     length = config.data.sequence_length
     return {op: forms.choose(op, "auto", T=length, dtype=np.dtype(dtype), platform=platform, masked=True) for op in ops}
 

@@ -37,21 +37,23 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One optimizer update from one global batch.
 
-    The loss is the mean over the batch's weighted tokens, whatever the split into micro-batches or devices. With
+    The loss is the mean over the batch's weighted tokens, whatever the split into micro-batches or devices, plus the
+    mixers' auxiliary losses (metric `auxiliary_loss`, a mean over micro-batches), which evaluation leaves out. With
     `accumulation` n the rows are taken n-th by n-th in a scan and gradients summed in float32: the memory of a batch n
     times smaller, the update of the whole one.
     """
 
     def objective(params, batch: Batch, tokens: Float[Array, ""]):
-        loss = _forward(graphdef, params, batch, loss_chunk)
-        return (loss.nll + z_loss * loss.z_loss) / tokens, loss
+        loss, auxiliary = _forward(graphdef, params, batch, loss_chunk)
+        auxiliary = auxiliary / accumulation
+        return (loss.nll + z_loss * loss.z_loss) / tokens + auxiliary, (loss, auxiliary)
 
     gradient = jax.grad(objective, has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = jnp.sum(batch["weights"])
         if accumulation == 1:
-            grads, loss = gradient(state.params, batch, tokens)
+            grads, (loss, auxiliary) = gradient(state.params, batch, tokens)
         else:
             # Rows i, i + n, i + 2n, ... form a micro-batch, so that each device's rows stay on it.
             micro = jax.tree.map(
@@ -62,8 +64,8 @@ def make_train_step(
                 return jax.tree.map(jnp.add, carry, gradient(state.params, batch, tokens)), None
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
-            nothing = Loss(*(jnp.zeros((), jnp.float32),) * 3)
-            (grads, loss), _ = jax.lax.scan(body, (zeros, nothing), micro)
+            zero = jnp.zeros((), jnp.float32)
+            (grads, (loss, auxiliary)), _ = jax.lax.scan(body, (zeros, (Loss(zero, zero, zero), zero)), micro)
 
         grad_norm = optax.tree.norm(grads)
         if clip is not None:
@@ -82,6 +84,8 @@ def make_train_step(
         }
         if z_loss:
             metrics["z_loss"] = z_loss * loss.z_loss / tokens
+        if nnx.merge(graphdef, state.params).settings.has_auxiliary():
+            metrics["auxiliary_loss"] = auxiliary
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
@@ -91,7 +95,7 @@ def make_eval_step(graphdef: nnx.GraphDef, token_bytes: Array, *, loss_chunk: in
     """Sums over one batch: `nll` (nats), `correct`, `tokens` and `bytes` of the targets."""
 
     def eval_step(params: dict, batch: Batch) -> Metrics:
-        loss = _forward(graphdef, params, batch, loss_chunk)
+        loss, _ = _forward(graphdef, params, batch, loss_chunk)
         weights = batch["weights"]
         size = jnp.sum(weights * jnp.asarray(token_bytes, jnp.float32)[batch["targets"]])
         return {"nll": loss.nll, "correct": loss.correct, "tokens": jnp.sum(weights), "bytes": size}
@@ -127,7 +131,8 @@ class Evaluator:
         }
 
 
-def _forward(graphdef: nnx.GraphDef, params: dict, batch: Batch, loss_chunk: int) -> Loss:
+def _forward(graphdef: nnx.GraphDef, params: dict, batch: Batch, loss_chunk: int) -> tuple[Loss, Float[Array, ""]]:
     model = nnx.merge(graphdef, params)
-    hidden, _ = model.hidden(batch["tokens"], segment_ids=batch["segment_ids"])
-    return cross_entropy(hidden, model.readout_kernel(), batch["targets"], batch["weights"], chunk=loss_chunk)
+    hidden, _, auxiliary = model.hidden_with_auxiliary(batch["tokens"], segment_ids=batch["segment_ids"])
+    loss = cross_entropy(hidden, model.readout_kernel(), batch["targets"], batch["weights"], chunk=loss_chunk)
+    return loss, auxiliary

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from jaxlm.layers.ffn import SwiGLU, SwiGLUSettings
-from jaxlm.layers.norms import RMSNorm
+from jaxlm.layers.mixers.common import LayerContext
+from jaxlm.layers.norms import LayerNorm, RMSNorm
 from jaxlm.layers.positions import positions_in_segments, rotary
 
 
@@ -17,6 +18,16 @@ def test_rms_norm_value_and_dtype():
     x = jnp.asarray([[1.0, -1.0, 1.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
     np.testing.assert_allclose(norm(x), [[1, -2, 3, 4], [2, 0, 0, 0]], rtol=1e-6)
     assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_layer_norm_value():
+    norm = LayerNorm(3, eps=0.0)
+    norm.scale[...], norm.bias[...] = jnp.asarray([1.0, 2.0, 3.0]), jnp.asarray([0.0, 1.0, 0.0])
+    x = jnp.asarray([[1.0, 2.0, 3.0], [-7.0, 5.0, 2.0]])
+    expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) * jnp.asarray([1.0, 2.0, 3.0]) + jnp.asarray(
+        [0, 1, 0]
+    )
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-6)
 
 
 def test_rotary_turns_pairs_and_scores_depend_on_distance_alone():
@@ -52,7 +63,7 @@ def test_positions_restart_where_the_id_changes_and_continue_from_start():
 def test_swiglu_size_and_value():
     assert SwiGLUSettings().hidden_size(1024) == 2816
     assert SwiGLUSettings().hidden_size(2048) == 5632
-    layer = SwiGLU(SwiGLUSettings(hidden=6), 4, rngs=nnx.Rngs(0))
+    layer = SwiGLU(SwiGLUSettings(hidden=6), LayerContext(width=4, depth=1, index=0), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
     gate, up = x @ layer.gate.kernel[...], x @ layer.up.kernel[...]
-    np.testing.assert_allclose(layer(x), (gate / (1 + jnp.exp(-gate)) * up) @ layer.down.kernel[...], atol=1e-6)
+    np.testing.assert_allclose(layer(x)[0], (gate / (1 + jnp.exp(-gate)) * up) @ layer.down.kernel[...], atol=1e-6)

@@ -37,6 +37,19 @@ def settings_for(mixer, depth=2, **changes):
     )
 
 
+def staged(**changes):
+    """Stages that repeat and that do not, one of them without channel mixers."""
+    stages = [
+        {"pattern": ["linear"], "ffn": {"kind": "none"}}, {"pattern": ["gla", "retention"], "repeat": 2}, {"pattern": ["swa"]},
+    ]  # fmt: skip
+    names = {"gla": "gla-convolution", "swa": "attention-window", "retention": "retention", "linear": "linear"}
+    mixers = {name: MIXERS[case] for name, case in names.items()}
+    return ModelSettings(
+        vocab_size=VOCAB, width=32, depth=6, pattern=None, stages=stages, mixers=mixers, ffn=SwiGLUSettings(hidden=48),
+        norm="layer", embedding_norm=True, **changes,
+    )  # fmt: skip
+
+
 def hybrid(depth=5, **changes):
     mixers = {"gla": MIXERS["gla-convolution"], "swa": MIXERS["attention-window"], "retention": MIXERS["retention"]}
     return ModelSettings(
@@ -68,9 +81,12 @@ def call(model, tokens, state=None, segment_ids=None):
     return model(tokens, state, segment_ids)
 
 
-@pytest.fixture(scope="module", params=[*MIXERS, "hybrid"])
+MODELS = {"hybrid": hybrid, "staged": staged}
+
+
+@pytest.fixture(scope="module", params=[*MIXERS, *MODELS])
 def model(request):
-    return build(hybrid() if request.param == "hybrid" else settings_for(MIXERS[request.param]))
+    return build(MODELS[request.param]() if request.param in MODELS else settings_for(MIXERS[request.param]))
 
 
 def test_decode_and_split_prefill_equal_one_parallel_call(model):
@@ -110,14 +126,22 @@ def test_later_tokens_do_not_change_earlier_logits_by_one_bit(model):
     assert not np.array_equal(before[:, 14:], after[:, 14:])
 
 
+def test_prefill_gives_the_last_logits_and_the_state(model):
+    x = tokens(9)
+    expected, state = call(model, x, model.init_state(2, length=12))
+    got, got_state = jax.jit(lambda m, x, s: m.prefill(x, s))(model, x, model.init_state(2, length=12))
+    np.testing.assert_allclose(got, expected[:, -1], atol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got_state, state)
+
+
 def test_stacked_blocks_equal_blocks_called_one_by_one():
-    model = build(hybrid(depth=5))
+    model = build(hybrid(depth=8))
     x = tokens(11)
     h = model.embedding(x, jnp.float32)
-    graphdef, stacked = params_lib.split(model.stack)
-    periods = [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(1)]
-    for block in [block for period in periods for block in period.blocks] + list(model.tail.blocks):
-        h, _ = block(h, None, None)
+    graphdef, stacked = params_lib.split(model.stages[0])
+    periods = [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(2)]
+    for block in [block for period in periods for block in period.blocks] + list(model.stages[1].blocks):
+        h, *_ = block(h, None, None, {})
     np.testing.assert_allclose(model.norm(h) @ model.readout_kernel(), call(model, x)[0], atol=1e-4)
 
 
@@ -136,7 +160,7 @@ def test_remat_changes_no_gradient(remat):
 
 def test_lightning_decays_follow_the_layer():
     model = LanguageModel(settings_for(MIXERS["lightning"], depth=3), rngs=nnx.Rngs(0))
-    rates = model.stack.blocks[0].mixer.log_decay[...]
+    rates = model.stages[0].blocks[0].mixer.log_decay[...]
     expected = [[-(8 / 2) * (1 - layer / 3) * h for h in range(2)] for layer in range(3)]
     np.testing.assert_allclose(rates, expected, rtol=1e-6)
 
@@ -186,6 +210,9 @@ def test_compute_dtype_is_that_of_activations_only():
     [
         ({"pattern": ("gla", "atention")}, "unknown mixer 'atention'; did you mean 'attention'"),
         ({"mixers": {"swa": AttentionSettings()}}, "swa not used by the pattern"),
+        ({"stages": [{"pattern": ["gla"]}]}, "pattern and stages are both given"),
+        ({"pattern": None}, "pattern and stages are both null"),
+        ({"pattern": None, "stages": [{"pattern": ["gla", "linear"], "repeat": 3}]}, "depth=8 but .* 6 blocks; set depth to 6"),
     ],
 )
 def test_wrong_patterns_are_named(changes, words):

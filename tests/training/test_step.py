@@ -39,9 +39,9 @@ def test_eight_devices_equal_one(tmp_path, kind):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     assert one[-1]["loss"] < one[0]["loss"]
-    kernel = state_many.params["stack"]["blocks"][0]["ffn"]["up"]["kernel"]
-    assert kernel.shape == (1, 32, 64)
-    assert kernel.addressable_shards[0].data.shape == (1, 16, 32)
+    kernel = state_many.params["stages"][0]["blocks"][0]["ffn"]["up"]["kernel"]
+    assert kernel.shape == (32, 64)
+    assert kernel.addressable_shards[0].data.shape == (16, 32)
     if kind != "lion":  # a sign flips on rounding
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state_one.params, state_many.params)
 
