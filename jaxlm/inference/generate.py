@@ -178,15 +178,15 @@ def warnings(model: LanguageModel, prompt_length: int, total_length: int, traine
       trained_length: `data.sequence_length` of the run.
     """
     mixers = [model.settings.mixer(name) for name in dict.fromkeys(model.settings.layer_names())]
-    windows = [m.window for m in mixers if m.kind == "attention" and m.window is not None]
+    windows = [getattr(m, "window", None) for m in mixers if m.op == "attention"]
+    limited = [window for window in windows if window is not None]
     notes = []
-    if windows and prompt_length > min(windows):
+    if limited and prompt_length > min(limited):
         notes.append(
-            f"the prompt has {prompt_length} tokens but windowed attention layers see the last {min(windows)}; what is "
+            f"the prompt has {prompt_length} tokens but windowed attention layers see the last {min(limited)}; what is "
             "before reaches the text through the other layers only"
         )
-    unbounded = any(m.kind == "attention" and m.window is None for m in mixers)
-    if unbounded and total_length > trained_length:
+    if None in windows and total_length > trained_length:
         notes.append(
             f"prompt and continuation take {total_length} tokens, more than the {trained_length} that the attention layers "
             "were trained on; quality may fall beyond them"

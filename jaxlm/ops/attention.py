@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.ops.forms import choose
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets, run_index
+from jaxlm.parallel import sequence
 
 Cache = dict[str, Array]
 
@@ -89,6 +90,8 @@ def attention(
     check_segment_ids(segment_ids, (batch, length))
     scale = keys**-0.5 if scale is None else scale
     reset = None if segment_ids is None else resets(segment_ids)
+    if cache is None and form in ("auto", "chunked") and sequence.split(length):
+        return _over_shards(scale, window, q, k, v, reset), None
     form = choose(
         "attention", form, T=length, dtype=q.dtype, head_dim=keys, value_dim=v.shape[-1],
         masked=reset is not None, cached=cache is not None,
@@ -227,6 +230,42 @@ def _chunked(q, k, v, queries: _Places, keys: _Places, scale, window):
     the output and the logarithm of the softmax's sum, the backward pass recomputes the weights."""
     o = _blocks(scale, window, _group(q, k.shape[2]), _heads_first(k), _heads_first(v), queries, keys)
     return _ungroup(o).astype(v.dtype)
+
+
+def _over_shards(scale, window, q, k, v, reset):
+    """Queries stay; keys and values of all shards are gathered (LASP-2H, arXiv 2502.07563; Llama 3's context parallelism),
+    or those of the window from the shard before."""
+    batch, length, groups = k.shape[:3]
+    count = sequence.shards()
+    near = window is not None and window - 1 <= length // count
+
+    def local(q, k, v, run):
+        size = q.shape[1]
+        first = lax.axis_index(sequence.AXIS) * size
+        own = jnp.arange(size, dtype=jnp.int32)
+        run = jnp.zeros(q.shape[:2], jnp.int32) if run is None else run
+        if near:
+            before = jnp.arange(1 - window, 0, dtype=jnp.int32)
+            # Nothing stands before the first shard: a run that no query is in.
+            nothing = (jnp.zeros((k.shape[0], window - 1, *x.shape[2:]), x.dtype) for x in (k, v))
+            k, v = (jnp.concatenate([sequence.halo(x, zeros), x], axis=1) for x, zeros in zip((k, v), nothing, strict=True))
+            none = jnp.full((k.shape[0], window - 1), -1, jnp.int32)
+            key_run = jnp.concatenate([sequence.halo(run, none), run], axis=1)
+            index = first + jnp.concatenate([before, own])
+        else:
+            # The shard's own keys last, as `_spans` wants them; later shards' then stand first, hidden by their index.
+            def gather(x):
+                return jnp.roll(lax.all_gather(x, sequence.AXIS, axis=1, tiled=True), -(first + size), axis=1)
+
+            k, v, key_run = gather(k), gather(v), gather(run)
+            index = jnp.roll(jnp.arange(count * size, dtype=jnp.int32), -(first + size))
+        queries = _Places((first + own)[None], (first + own)[None], run)
+        return _chunked(q, k, v, queries, _Places(index[None], index[None], key_run), scale, window)
+
+    heads = ("batch", sequence.AXIS, "kv_heads", None)
+    run, tokens = (None, None) if reset is None else (run_index(reset), ("batch", sequence.AXIS))
+    sizes = {"batch": batch, sequence.AXIS: length, "kv_heads": groups}
+    return sequence.shard_map(local, sizes, (heads, heads, heads, tokens), heads, q, k, v, run)
 
 
 class _Span(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.segments import check_segment_ids, resets, run_index
+from jaxlm.parallel import sequence
 
 
 def short_convolution(
@@ -55,10 +57,38 @@ def short_convolution(
 
     if state is None:
         state = jnp.zeros((batch, past, channels), x.dtype)
-    inputs = jnp.concatenate([state.astype(x.dtype), x], axis=1)
+    state = state.astype(x.dtype)
+    reset = None if segment_ids is None else resets(segment_ids)
+    if past and sequence.split(length):
+        # The channels of convolutions follow the heads of their mixer.
+        sizes = {"batch": batch, sequence.AXIS: length, "heads": channels}
+        tokens = None if reset is None else ("batch", sequence.AXIS)
+        return sequence.shard_map(
+            partial(_over_shards, activation), sizes,
+            (("batch", sequence.AXIS, "heads"), (None, "heads"), None if bias is None else ("heads",),
+             ("batch", None, "heads"), tokens),
+            (("batch", sequence.AXIS, "heads"), ("batch", None, "heads")), x, weight, bias, state, reset,
+        )  # fmt: skip
+    none_before = None if reset is None else jnp.zeros((batch, past), bool)
+    return _convolve(activation, x, weight, bias, state, reset, none_before)
+
+
+def _over_shards(activation, x, weight, bias, state, reset):
+    """The inputs before a shard are the end of the shard before."""
+    resets_before = None
+    if reset is not None:
+        resets_before = sequence.halo(reset, jnp.zeros((x.shape[0], state.shape[1]), bool))
+    y, state = _convolve(activation, x, weight, bias, sequence.halo(x, state), reset, resets_before)
+    return y, sequence.from_last(state)
+
+
+def _convolve(activation, x, weight, bias, before, reset, resets_before):
+    """`before` are the W-1 inputs before token 0, `resets_before` where runs begin among them."""
+    past, length = before.shape[1], x.shape[1]
+    inputs = jnp.concatenate([before, x], axis=1)
     runs = None
-    if segment_ids is not None:
-        runs = jnp.pad(run_index(resets(segment_ids)), ((0, 0), (past, 0)))
+    if reset is not None:
+        runs = run_index(jnp.concatenate([resets_before, reset], axis=1))
 
     precise = jnp.promote_types(x.dtype, jnp.float32)
     y = jnp.zeros((), precise) if bias is None else bias.astype(precise)

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 
 OPS = {
     "linear_attention": ("recurrent", "parallel", "chunked", "kernel"),
+    "delta_rule": ("recurrent", "parallel", "chunked", "kernel"),
+    "dplr_delta_rule": ("recurrent", "parallel", "chunked", "kernel"),
     "attention": ("recurrent", "parallel", "chunked", "kernel"),
+    "diagonal_recurrence": ("recurrent", "parallel", "chunked", "fft", "kernel"),
 }
 
 

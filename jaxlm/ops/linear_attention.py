@@ -22,16 +22,17 @@ enters row i belongs to a token after i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.ops.forms import choose
 from jaxlm.ops.segments import check_segment_ids, resets
+from jaxlm.parallel import sequence
 
 
 def linear_attention(
@@ -84,21 +85,50 @@ def linear_attention(
         log_decay = log_decay.astype(precise).reshape(batch, length, heads, -1)
     reset = None if segment_ids is None else resets(segment_ids)
 
-    form = choose("linear_attention", form, T=length, dtype=jnp.result_type(q, k, v)).form
-    if form == "recurrent":
-        o, final_state = _recurrent(scale, q, k, v, log_decay, reset, initial_state)
+    inputs = (q, k, v, log_decay)
+    if form in ("auto", "chunked") and sequence.split(length):
+        o, final_state = over_shards(partial(_run, scale, "chunked", chunk_size), _transition, inputs, reset, initial_state)
         return o.astype(v.dtype), final_state
+    form = choose("linear_attention", form, T=length, dtype=jnp.result_type(q, k, v)).form
+    o, final_state = _run(scale, form, chunk_size, inputs, reset, initial_state)
+    return o.astype(v.dtype), final_state
 
+
+def _run(scale, form: str, chunk_size: int, inputs, reset: Bool[Array, "B T"] | None, state):
+    """The op on prepared arrays; a reset drops the state that a token would continue, at token 0 too."""
+    q, k, v, log_decay = inputs
+    batch, length, heads, _ = q.shape
+    if form == "recurrent":
+        return _recurrent(scale, q, k, v, log_decay, reset, state)
     if reset is not None:
-        kept = jnp.zeros((batch, length, heads, 1), precise) if log_decay is None else log_decay
+        kept = jnp.zeros((batch, length, heads, 1), state.dtype) if log_decay is None else log_decay
         log_decay = jnp.where(reset[..., None, None], -jnp.inf, kept)
     size = 1 << (length - 1).bit_length()
     if form == "chunked":
         size = min(size, chunk_size)
     chunks = [None if x is None else _to_chunks(x, size) for x in (q, k, v, log_decay)]
     run = _chunked if form == "chunked" else _chunks_forward
-    o, final_state = run(scale, *chunks, initial_state)
-    return _from_chunks(o, length).astype(v.dtype), final_state
+    o, final_state = run(scale, *chunks, state)
+    return _from_chunks(o, length), final_state
+
+
+def _transition(inputs, reset: Bool[Array, "B T"] | None) -> Float[Array, "B H K 1"] | Float[Array, "B H 1 1"]:
+    """M of S_out = M * S_in + N over these tokens: the product of the decays, 0 once a document starts among them."""
+    q, _, _, log_decay = inputs
+    batch, _, heads, _ = q.shape
+    if log_decay is None:
+        total = jnp.ones((batch, heads, 1, 1), jnp.promote_types(q.dtype, jnp.float32))
+    else:
+        total = jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
+    return total if reset is None else jnp.where(jnp.any(reset, axis=1)[:, None, None, None], 0, total)
+
+
+def over_shards(run: Callable, transition: Callable, inputs: tuple, reset, state, **matrix):
+    """A matrix-valued recurrence over [B, T, H, *] inputs whose tokens are split; see `jaxlm.parallel.sequence`."""
+    tokens, kept = ("batch", sequence.AXIS, "heads", None), ("batch", "heads", None, None)
+    op = sequence.Recurrence(run, transition, jax.tree.map(lambda _: tokens, inputs), tokens, kept, **matrix)
+    batch, length, heads, _ = inputs[0].shape
+    return sequence.recurrence(op, {"batch": batch, sequence.AXIS: length, "heads": heads}, inputs, reset, state)
 
 
 def _check(q, k, v, log_decay, initial_state, chunk_size: int) -> None:

@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from jaxlm.parallel import sequence
+
+_TOKENS = ("batch", sequence.AXIS)
+
 
 def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, int]) -> None:
     """Raises ValueError unless the ids are integers `[B, T]`."""
@@ -24,11 +28,25 @@ def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, i
 
 def resets(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     """True at tokens whose id differs from the token before; never at token 0, which continues the incoming state."""
+
+    def local(segment_ids):
+        before = sequence.halo(segment_ids, segment_ids[:, :1])
+        return segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
+
+    if sequence.split(segment_ids.shape[1]):
+        return _over_shards(local, segment_ids.shape, (_TOKENS,), segment_ids)
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def run_index(reset: Bool[Array, "B T"]) -> Int[Array, "B T"]:
     """The number of resets up to and including each token."""
+
+    def local(reset):
+        index = lax.cumsum(reset.astype(jnp.int32), axis=1)
+        return index + sequence.over_earlier(jnp.sum, index[:, -1:])
+
+    if sequence.split(reset.shape[1]):
+        return _over_shards(local, reset.shape, (_TOKENS,), reset)
     return lax.cumsum(reset.astype(jnp.int32), axis=1)
 
 
@@ -37,5 +55,19 @@ def positions_in_runs(reset: Bool[Array, "B T"] | None, start: Int[Array, B], le
     index = jnp.arange(length, dtype=jnp.int32)
     if reset is None:
         return start[:, None] + index
-    origin = lax.cummax(jnp.where(reset, index, 0), axis=1)
+
+    def origins(first, reset):
+        """Index of the newest reset, 0 before the first; `first` is the index of token 0."""
+        return lax.cummax(jnp.where(reset, first + jnp.arange(reset.shape[1], dtype=jnp.int32), 0), axis=1)
+
+    def local(reset):
+        origin = origins(lax.axis_index(sequence.AXIS) * reset.shape[1], reset)
+        return jnp.maximum(origin, sequence.over_earlier(jnp.max, origin[:, -1:]))
+
+    split = sequence.split(length)
+    origin = _over_shards(local, reset.shape, (_TOKENS,), reset) if split else origins(0, reset)
     return index - origin + jnp.where(run_index(reset) == 0, start[:, None], 0)
+
+
+def _over_shards(fn, shape, in_axes, *args):
+    return sequence.shard_map(fn, {"batch": shape[0], sequence.AXIS: shape[1]}, in_axes, _TOKENS, *args)

@@ -163,6 +163,21 @@ def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def active() -> tuple[Mesh, Rules] | None:
+    """The mesh and rules of the innermost `use_mesh`."""
+    return _ACTIVE.get()
+
+
+@contextlib.contextmanager
+def no_mesh() -> Iterator[None]:
+    """Within this context (the body of a shard_map) `constrain` is the identity and `active` None."""
+    token = _ACTIVE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Tell the partitioner where an activation lives, by logical axis; without a mesh this is the identity.
 

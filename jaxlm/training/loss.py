@@ -29,8 +29,8 @@ def cross_entropy(
 ) -> Loss:
     """Summed negative log likelihood (nats), summed log-partition squared (PaLM z-loss, arXiv 2204.02311 sec. 5) and hits.
 
-    The time axis is cut in pieces of `chunk` tokens; each piece's logits `[B, chunk, vocab]` live only while it is
-    computed, in the backward too. Logits, softmax and sums are float32.
+    The tokens of a row are dealt to pieces of `chunk`, n-th by n-th so that a split sequence stays where it is; each piece's
+    logits `[B, chunk, vocab]` live only while it is computed, in the backward too. Logits, softmax and sums are float32.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -39,12 +39,12 @@ def cross_entropy(
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(x.shape[0], chunk, pieces, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def piece(kernel, hidden, targets, weights):
         logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        logits = constrain(logits, "batch", None, "vocab")
+        logits = constrain(logits, "batch", "sequence", "vocab")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         # A one-hot sum instead of a gather keeps a vocabulary sharded over devices where it is.
         one_hot = jnp.arange(logits.shape[-1]) == targets[..., None]

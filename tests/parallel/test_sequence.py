@@ -1,0 +1,213 @@
+"""Sequences split over devices equal one device: recurrences, convolutions, attention, positions."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.ops.attention import attention
+from jaxlm.ops.convolution import short_convolution
+from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
+from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.segments import positions_in_runs, resets, run_index
+from jaxlm.parallel import sequence
+from jaxlm.parallel.mesh import make_mesh, use_mesh
+
+B, T, H, K, V = 2, 32, 2, 4, 6
+
+COLLECTIVE = re.compile(r"= (\([^)]*\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def mesh_of(shards):
+    return make_mesh({"sequence": shards, "data": 1}, jax.devices()[:shards])
+
+
+def documents(T=T):
+    """One row whose documents cross shard borders and end at one; one row of many short documents."""
+    ids = np.zeros((B, T), np.int32)
+    ids[0, 5:] = 1
+    ids[0, T // 2 :] = 2
+    ids[1] = np.random.default_rng(0).integers(0, 2, size=T)
+    return jnp.asarray(ids)
+
+
+def split(fn, shards):
+    """`fn`, traced under a mesh with that many shards."""
+
+    def under_mesh(*args):
+        with use_mesh(mesh_of(shards)):
+            return jax.jit(lambda *args: fn(*args))(*args)
+
+    return under_mesh
+
+
+def assert_close(got, wanted, tolerance=2e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max()))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def decays(*shape):
+    return jnp.asarray(np.random.default_rng(9).choice([0.0, -0.01, -0.3, -2.0, -20.0], size=shape), jnp.float32)
+
+
+def linear(g):
+    arrays = (normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, V))
+    arrays = arrays if g is None else (*arrays, g)
+    return partial(linear_attention, chunk_size=4), arrays, normal(3, B, H, K, V)
+
+
+def delta(g, *gates):
+    k = normal(1, B, T, H, K)
+    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    beta = jax.nn.sigmoid(normal(5, B, T, H))
+
+    def op(q, k, v, beta, *rest, **options):
+        return delta_rule(q, k, v, beta, *rest[:1], write=rest[1] if rest[1:] else None, chunk_size=4, **options)
+
+    arrays = (normal(0, B, T, H, K), k, normal(2, B, T, H, V), *(gates[:1] or (2 * beta,)))
+    arrays += (() if g is None else (g,)) + gates[1:]
+    return op, arrays, normal(3, B, H, K, V)
+
+
+def dplr():
+    k = normal(1, B, T, H, K)
+    a = -k / jnp.linalg.norm(k, axis=-1, keepdims=True)
+    b = -a * jax.nn.sigmoid(normal(5, B, T, H, K))
+    arrays = (normal(0, B, T, H, K), normal(4, B, T, H, K), normal(2, B, T, H, V), a, b, decays(B, T, H, K))
+    return partial(dplr_delta_rule, chunk_size=4), arrays, normal(3, B, H, K, V)
+
+
+def gates(seed, *shape):
+    return jax.nn.sigmoid(normal(seed, *shape))
+
+
+# op(*arrays, initial_state=, segment_ids=) -> (outputs, final state): a line per op.
+OPS = {
+    "linear_attention": lambda: linear(None),
+    "linear_attention-scalar": lambda: linear(decays(B, T, H)),
+    "linear_attention-vector": lambda: linear(decays(B, T, H, K)),
+    "delta_rule": lambda: delta(None),
+    "delta_rule-scalar": lambda: delta(decays(B, T, H)),
+    "delta_rule-vector": lambda: delta(decays(B, T, H, K)),
+    "delta_rule-gates": lambda: delta(decays(B, T, H, K), gates(6, B, T, H, K), gates(7, B, T, H, V)),
+    "dplr_delta_rule": dplr,
+}
+
+
+def loss(op, segment_ids):
+    def value(arrays, state):
+        o, final = op(*arrays, initial_state=state, segment_ids=segment_ids)
+        total = sum(jnp.sum(jnp.sin(x.real) + jnp.cos(x.imag)) for x in (o, final))
+        return total, (o, final)
+
+    return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+
+
+@pytest.mark.parametrize("shards", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
+@pytest.mark.parametrize("case", OPS)
+def test_shards_give_the_values_and_gradients_of_one_device(case, shards):
+    op, arrays, state = OPS[case]()
+    run = loss(op, documents())
+    assert_close(split(run, shards)(arrays, state), jax.jit(run)(arrays, state))
+
+
+@pytest.mark.parametrize("case", ["linear_attention", "delta_rule-scalar"])
+def test_one_document_over_all_shards(case):
+    op, arrays, state = OPS[case]()
+    run = loss(op, None)
+    assert_close(split(run, 8)(arrays, state), jax.jit(run)(arrays, state))
+
+
+@pytest.mark.parametrize("case", ["linear_attention-vector", "delta_rule-scalar"])
+def test_the_logarithmic_prefix_equals_the_gathered_one(case, monkeypatch):
+    op, arrays, state = OPS[case]()
+    run = loss(op, documents())
+    wanted = split(run, 8)(arrays, state)
+    monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    assert_close(split(run, 8)(arrays, state), wanted)
+
+
+def collectives(fn, *args):
+    """(kind, bytes) of what a compiled function sends."""
+    with use_mesh(mesh_of(8)):
+        text = jax.jit(lambda *args: fn(*args)).lower(*args).compile().as_text()
+    found = []
+    for shapes, kind in COLLECTIVE.findall(text):
+        sizes = [np.prod([int(n) for n in dims.split(",") if n] or [1]) for dims in re.findall(r"\w+\[([\d,]*)\]", shapes)]
+        found.append((kind, int(sum(sizes)) * 4))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_traffic_does_not_depend_on_the_number_of_tokens(gathered, monkeypatch):
+    if not gathered:
+        monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    sent = []
+    for length in (64, 512):
+        arrays = (*(jnp.zeros((1, length, H, n)) for n in (K, K, V)), jnp.zeros((1, length, H)))
+        run = loss(partial(linear_attention, chunk_size=8), jnp.zeros((1, length), jnp.int32))
+        inputs = jax.device_put(arrays, jax.NamedSharding(mesh_of(8), jax.P(None, "sequence")))
+        sent.append(collectives(run, inputs, jnp.zeros((1, H, K, V))))
+    assert sent[0] == sent[1]
+    assert any(kind == ("all-gather" if gathered else "collective-permute") for kind, _ in sent[0])
+
+
+def test_resets_runs_and_positions_know_the_shards_before():
+    def all_three(ids):
+        reset = resets(ids)
+        return reset, run_index(reset), positions_in_runs(reset, jnp.asarray([5, 7]), T)
+
+    for shards in (2, 8):
+        for x, y in zip(split(all_three, shards)(documents()), all_three(documents()), strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_convolution_reads_the_shard_before(packed):
+    x, weight, bias, state = normal(0, B, T, 6), normal(1, 4, 6), normal(2, 6), normal(3, B, 3, 6)
+    ids = documents() if packed else None
+
+    def run(x, weight, bias, state):
+        y, last = short_convolution(x, weight, bias, state=state, segment_ids=ids, activation="silu")
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(last)), (y, last)
+
+    run = jax.value_and_grad(run, argnums=(0, 1, 2, 3), has_aux=True)
+    assert_close(split(run, 8)(x, weight, bias, state), jax.jit(run)(x, weight, bias, state))
+    # A halo of three tokens, not the row.
+    sent = collectives(lambda *a: run(*a), x, weight, bias, state)
+    assert max(size for kind, size in sent if kind == "collective-permute") <= B * 3 * 6 * 4
+
+
+@pytest.mark.parametrize("window", [None, 3, 12])
+def test_attention_sees_all_shards_before(window):
+    q, k, v = normal(0, B, T, 4, K), normal(1, B, T, 2, K), normal(2, B, T, 2, V)
+
+    def run(q, k, v):
+        o, _ = attention(q, k, v, window=window, segment_ids=documents())
+        return jnp.sum(jnp.sin(o)), o
+
+    run = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)
+    assert_close(split(run, 8)(q, k, v), jax.jit(run)(q, k, v))
+    # A window that fits a shard takes its width from the neighbour; otherwise all keys come.
+    gathered = max(size for kind, size in collectives(run, q, k, v) if kind == "all-gather")
+    assert (gathered >= B * T * 2 * K * 4) == (window != 3)
+
+
+def test_shards_that_do_not_divide_the_sequence_are_an_error():
+    q = jnp.zeros((1, 12, 1, 2))
+    with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):
+        linear_attention(q, q, q)
+
+
+def test_a_convolution_wider_than_a_shard_is_an_error():
+    with use_mesh(mesh_of(8)), pytest.raises(ValueError, match="shards of 1 tokens are shorter than the 3"):
+        short_convolution(jnp.zeros((1, 8, 2)), jnp.zeros((4, 2)))
