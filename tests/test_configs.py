@@ -46,6 +46,15 @@ def test_gla_340m_has_the_published_size():
     assert parameter_count(load_config("gla-340m").config) == 341_707_776
 
 
+def test_phi4_mini_flash_has_the_published_size():
+    """Sheet 4.3: 3,339,955,200 weights beside the tied embedding; norms, attention's biases and lambdas come on top."""
+    infos = params.describe(abstract_model(load_config("phi4-mini-flash").config.model, jnp.float32))
+    attention = ("norm", "vectors", "q.bias", "v.bias", "output.bias")
+    weights = sum(i.size for name, i in params.leaves(infos) if i.role != "constant" and not any(a in name for a in attention))
+    assert weights == 3_339_955_200 + 200_064 * 2560
+    assert params.count(infos) == pytest.approx(3.85e9, rel=0.001)
+
+
 if __name__ == "__main__":
     for name in CONFIGS:
         (GOLDEN / f"{name}.yaml").write_text(to_yaml(load_config(name).config))

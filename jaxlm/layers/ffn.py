@@ -11,7 +11,8 @@ from pydantic import Discriminator, Field, Tag
 
 from jaxlm.layers.linear import Dense
 from jaxlm.layers.mixers.common import LayerContext
-from jaxlm.parallel.mesh import constrain
+from jaxlm.layers.mixers.rwkv7 import RWKVChannelMixing, RWKVChannelMixingSettings
+from jaxlm.parallel.context import constrain
 from jaxlm.schema import Schema
 
 
@@ -58,6 +59,7 @@ class NoFFNSettings(Schema):
 FFNS = {
     "swiglu": (SwiGLUSettings, SwiGLU),
     "none": (NoFFNSettings, None),
+    "rwkv": (RWKVChannelMixingSettings, RWKVChannelMixing),
 }
 
 
@@ -66,4 +68,9 @@ def _kind(value: Any) -> str:
 
 
 # `kind` may be left out where it is the usual one.
-FFNSettings = Annotated[Annotated[SwiGLUSettings, Tag("swiglu")] | Annotated[NoFFNSettings, Tag("none")], Discriminator(_kind)]
+FFNSettings = Annotated[
+    Annotated[SwiGLUSettings, Tag("swiglu")]
+    | Annotated[NoFFNSettings, Tag("none")]
+    | Annotated[RWKVChannelMixingSettings, Tag("rwkv")],
+    Discriminator(_kind),
+]

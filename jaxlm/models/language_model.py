@@ -8,6 +8,7 @@ values (keys and values, a memory) which the mixers of later stages read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,7 +24,7 @@ from jaxlm.layers.linear import Dense
 from jaxlm.layers.mixers import MIXERS, MixerSettings, consumes, produces, reads_only_shared
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.norms import NORMS
-from jaxlm.parallel.mesh import constrain
+from jaxlm.parallel.context import constrain
 from jaxlm.schema import Schema, did_you_mean
 
 State = Any
@@ -172,13 +173,24 @@ class Block(nnx.Module):
         self.ffn_norm = None if make_ffn is None else norm(settings.width, eps=settings.norm_eps)
 
     def __call__(
-        self, x: Float[Array, "B T D"], state: State | None, segment_ids: Int[Array, "B T"] | None, shared: Shared
+        self,
+        x: Float[Array, "B T D"],
+        state: State | None,
+        segment_ids: Int[Array, "B T"] | None,
+        shared: Shared,
+        only_last: bool = False,
     ) -> tuple[Float[Array, "B T D"], State, Any, Float[Array, ""]]:
-        """The stream, the state (None without an incoming one), what the mixer made for others, its auxiliary loss."""
+        """The stream, the state (None without an incoming one), what the mixer made for others, its auxiliary loss.
+
+        With `only_last` nobody wants the stream but of the last token: a mixer that can saves the others'.
+        """
         produced, auxiliary = None, jnp.zeros((), jnp.float32)
         mixer_state = None if state is None else state["mixer"]
         normed = self.mixer_norm(x)
-        if self.produces is not None or self.consumes is not None:
+        if only_last and hasattr(self.mixer, "exchange_last") and state["ffn"] is None:
+            y, mixer_state, produced = self.mixer.exchange_last(normed, mixer_state, segment_ids)
+            x, segment_ids = x[:, -1:], None
+        elif self.produces is not None or self.consumes is not None:
             consumed = None if self.consumes is None else shared[self.consumes]
             y, mixer_state, produced = self.mixer.exchange(normed, mixer_state, segment_ids, consumed)
         elif hasattr(self.mixer, "with_auxiliary"):
@@ -212,7 +224,12 @@ class Period(nnx.Module):
         self.scanned = stage.repeat > 1
 
     def __call__(
-        self, x: Float[Array, "B T D"], states: tuple | None, segment_ids: Int[Array, "B T"] | None, shared: Shared
+        self,
+        x: Float[Array, "B T D"],
+        states: tuple | None,
+        segment_ids: Int[Array, "B T"] | None,
+        shared: Shared,
+        only_last: bool = False,
     ) -> tuple[Float[Array, "B T D"], tuple | None, Shared, Float[Array, ""]]:
         call = Block.__call__
         if self.remat != "none":
@@ -220,6 +237,8 @@ class Period(nnx.Module):
             call = jax.checkpoint(call, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scanned)
         new_states, total = [], jnp.zeros((), jnp.float32)
         for i, block in enumerate(self.blocks):
+            if only_last and i == len(self.blocks) - 1:
+                call = partial(Block.__call__, only_last=True)
             x, state, produced, auxiliary = call(block, x, None if states is None else states[i], segment_ids, shared)
             total = total + auxiliary
             new_states.append(state)
@@ -316,7 +335,7 @@ class LanguageModel(nnx.Module):
         for i, (stage, period) in enumerate(zip(self.settings.layout(), self.stages, strict=True)):
             states = None if state is None else state[i]
             if stage.repeat == 1:
-                x, states, shared, auxiliary = period(x, states, segment_ids, shared)
+                x, states, shared, auxiliary = period(x, states, segment_ids, shared, only_last=i == last)
             else:
 
                 def body(carry, xs, segment_ids=segment_ids, shared=shared):

@@ -118,6 +118,50 @@ def attention(
     return o, None if cache is None else _write(cache, k, v, positions, reset)
 
 
+def write_cache(
+    cache: Cache,
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Cache:
+    """An attention cache with the call's tokens written, without a query; runs but the last are dropped, as the op does."""
+    old = cache["positions"]
+    if segment_ids is not None:
+        run = run_index(resets(segment_ids))
+        positions = jnp.where(run == run[:, -1:], positions, -1)
+        old = jnp.where(run[:, -1:] == 0, old, -1)
+    total, slots = k.shape[1], old.shape[1]
+    kept = min(total, slots)
+    places = (cache["count"] + total - kept + jnp.arange(kept)) % slots
+
+    def put(buffer, new):
+        return buffer.at[:, places].set(new[:, total - kept :].astype(buffer.dtype), unique_indices=True)
+
+    return {
+        "k": put(cache["k"], k), "v": put(cache["v"], v), "positions": put(old, positions), "count": cache["count"] + total,
+    }  # fmt: skip
+
+
+def read_cache(
+    scores: Float[Array, "B H S"], v: Float[Array, "B S G V"], visible: Bool[Array, "B S"]
+) -> Float[Array, "B 1 H V"]:
+    """softmax(scores) v of one token a row over the visible slots of a cache; head h reads value head h // (H/G)."""
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1).astype(v.dtype)
+    batch, slots, groups, values = v.shape
+    weights = weights.reshape(batch, groups, -1, slots)
+    o = jnp.einsum("bgrs,bsgv->bgrv", weights, v, precision="highest", preferred_element_type=jnp.float32)
+    return o.reshape(batch, 1, -1, values)
+
+
+def score_cache(q: Float[Array, "B 1 H K"], k: Float[Array, "B S G K"]) -> Float[Array, "B H S"]:
+    """q k^T of one token a row with the keys of a cache, float32; head h meets key head h // (H/G)."""
+    batch, _, heads, size = q.shape
+    q = q.reshape(batch, k.shape[2], -1, size).astype(k.dtype)
+    scores = jnp.einsum("bgrk,bsgk->bgrs", q, k, precision="highest", preferred_element_type=jnp.float32)
+    return scores.reshape(batch, heads, -1)
+
+
 def _check(q, k, v, window, positions, cache) -> None:
     if q.ndim != 4 or q.shape[1] < 1:
         raise ValueError(f"q must be [B, T, H, K] with at least one token, got {q.shape}")

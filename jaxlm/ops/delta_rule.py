@@ -38,6 +38,7 @@ from jaxlm.ops.linear_attention import (
     _scalar_weights,
     _take_apart,
     _to_chunks,
+    over_groups,
     over_shards,
 )
 from jaxlm.ops.segments import check_segment_ids, resets
@@ -80,7 +81,7 @@ def delta_rule(
       write: [B, T, H, V], with an erase gate alone.
       scale, initial_state, segment_ids: as in `linear_attention`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
-        gradient keeps the inputs alone and recomputes one state a chunk) or "auto" (see `forms.choose`).
+        gradient keeps the inputs and a few states, and recomputes one state a chunk) or "auto" (see `forms.choose`).
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk.
 
     Returns:
@@ -379,16 +380,7 @@ def _forward(scale, q, k, v, beta, write, g, state):
     return reads + matmul("nbhij,nbhjv->nbhiv", scores, written), final_state
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(scale, q, k, v, beta, write, g, state):
-    return _forward(scale, q, k, v, beta, write, g, state)
-
-
-def _chunked_forward(scale, *inputs):
-    return _forward(scale, *inputs), inputs
-
-
-def _chunked_backward(scale, inputs, cotangents):
+def _backward(scale, inputs, cotangents):
     """The gradient in closed form: the reverse recurrence of the state's cotangent between chunks, the transposed WY
     products within, and dg as a reverse cumulative sum. The inverse T has dA = -T^T dT T^T."""
     q, k, v, beta, write, g, state = inputs
@@ -442,7 +434,7 @@ def _d_inverse(inverse, d):
     return -jnp.matmul(jnp.matmul(transposed, d, precision=lax.Precision.HIGHEST), transposed, precision=lax.Precision.HIGHEST)
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked = over_groups(_forward, _backward)
 
 
 # Diagonal plus low rank. A row a_i reads the state before token i decays it: as if it stood at token i - 1.
@@ -536,16 +528,7 @@ def _forward_dplr(scale, q, k, v, a, b, g, state):
     return o + matmul("nbhij,nbhjv->nbhiv", decay.scores(scale * q, b, matmul), replaced), final_state
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_dplr(scale, q, k, v, a, b, g, state):
-    return _forward_dplr(scale, q, k, v, a, b, g, state)
-
-
-def _chunked_dplr_forward(scale, *inputs):
-    return _forward_dplr(scale, *inputs), inputs
-
-
-def _chunked_dplr_backward(scale, inputs, cotangents):
+def _backward_dplr(scale, inputs, cotangents):
     q, k, v, a, b, g, state = inputs
     do, d_final = cotangents
     matmul = partial(_matmul, operand=jnp.result_type(q, k, v, a, b), precise=state.dtype)
@@ -594,4 +577,4 @@ def _chunked_dplr_backward(scale, inputs, cotangents):
     return (*(d.astype(x.dtype) for d, x in zip((dq, dk, dv, da, db), inputs[:5], strict=True)), dg, d_state)
 
 
-_chunked_dplr.defvjp(_chunked_dplr_forward, _chunked_dplr_backward)
+_chunked_dplr = over_groups(_forward_dplr, _backward_dplr)

@@ -18,6 +18,9 @@ OPS = {
     "dplr_delta_rule": ("recurrent", "parallel", "chunked", "kernel"),
     "attention": ("recurrent", "parallel", "chunked", "kernel"),
     "diagonal_recurrence": ("recurrent", "parallel", "chunked", "fft", "kernel"),
+    "log_linear_attention": ("recurrent", "parallel", "chunked", "kernel"),
+    "ttt_linear": ("recurrent", "chunked", "kernel"),
+    "miras": ("recurrent", "chunked", "kernel"),
 }
 
 

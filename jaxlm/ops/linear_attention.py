@@ -63,7 +63,7 @@ def linear_attention(
       segment_ids: the state is zeroed between two tokens whose ids differ, so that each document of a packed row gets
         what it gets alone. The first run of a row continues `initial_state`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
-        gradient keeps the inputs alone and recomputes one state a chunk) or "auto" (see `forms.choose`).
+        gradient keeps the inputs and a few states, and recomputes one state a chunk) or "auto" (see `forms.choose`).
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk.
 
     Returns:
@@ -183,6 +183,56 @@ def _to_chunks(x: Float[Array, "B T H X"], size: int) -> Float[Array, "N B H C X
 def _from_chunks(x: Float[Array, "N B H C X"], length: int) -> Float[Array, "B T H X"]:
     chunks, batch, heads, size, channels = x.shape
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, chunks * size, heads, channels)[:, :length]
+
+
+# The chunks are worked off in about this many groups, one after the other: only a group's intermediates are alive at a time.
+GROUPS = 8
+
+
+def over_groups(forward: Callable, backward: Callable) -> Callable:
+    """A function (scale, *chunks, state) -> (o, final state) whose gradient keeps its inputs and one state a group.
+
+    Args:
+      forward: the same on any number of consecutive chunks.
+      backward: (scale, (*chunks, state), (do, d_final_state)) -> (*d_chunks, d_state).
+    """
+
+    def split(chunks):
+        count = jax.tree.leaves(chunks)[0].shape[0]
+        size = max(n for n in range(1, -(-count // GROUPS) + 1) if count % n == 0)
+        return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), chunks)
+
+    def join(groups):
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), groups)
+
+    def run_forward(scale, *inputs):
+        *chunks, state = inputs
+
+        def step(state, group):
+            o, new_state = forward(scale, *group, state)
+            return new_state, (o, state)
+
+        final_state, (o, entering) = lax.scan(step, state, split(chunks))
+        return (join(o), final_state), (chunks, entering)
+
+    def run_backward(scale, residuals, cotangents):
+        chunks, entering = residuals
+        do, d_final = cotangents
+
+        def step(d_state, group):
+            chunks, entering, do = group
+            *d_chunks, d_state = backward(scale, (*chunks, entering), (do, d_state))
+            return d_state, d_chunks
+
+        d_state, d_chunks = lax.scan(step, d_final, (split(chunks), entering, split(do)), reverse=True)
+        return (*join(d_chunks), d_state)
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(scale, *inputs):
+        return run_forward(scale, *inputs)[0]
+
+    run.defvjp(run_forward, run_backward)
+    return run
 
 
 def _matmul(equation: str, x: Array, y: Array, operand: jnp.dtype, precise: jnp.dtype) -> Array:
@@ -305,16 +355,7 @@ def _vector_scores(scale, q, k, levels, matmul):
     return _assemble(own, [matmul("nbhmik,nbhmjk->nbhmij", x, y) for x, y in pairs])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(scale, q, k, v, g, state):
-    return _chunks_forward(scale, q, k, v, g, state)
-
-
-def _chunked_forward(scale, *inputs):
-    return _chunks_forward(scale, *inputs), inputs
-
-
-def _chunked_backward(scale, inputs, cotangents):
+def _chunks_backward(scale, inputs, cotangents):
     """The gradient in closed form (GLA, arXiv 2312.06635, section 4.3): the reverse recurrence of the state's cotangent
     between chunks, matrix products within them, and dg as a reverse cumulative sum of q dq - k dk."""
     q, k, v, g, state = inputs
@@ -365,4 +406,4 @@ def _chunked_backward(scale, inputs, cotangents):
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dg, d_state
 
 
-_chunked.defvjp(_chunked_forward, _chunked_backward)
+_chunked = over_groups(_chunks_forward, _chunks_backward)

@@ -6,36 +6,17 @@ Sharding is `jax.jit` with `NamedSharding` over a mesh of Auto axes (what used t
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.parallel.context import DEFAULT_RULES, MESH_AXES, Rules
 from jaxlm.params import ParamInfo, leaves, map_info
 from jaxlm.schema import UserError
-
-# From the slowest network to the fastest: slices are joined by the data-centre network, tensor needs the fastest links.
-MESH_AXES = ("slice", "data", "fsdp", "sequence", "tensor", "expert")
-
-Rules = Mapping[str, tuple[str, ...]]
-
-# A logical axis may use several mesh axes; an empty tuple replicates it.
-DEFAULT_RULES: Rules = {
-    "batch": ("slice", "data", "fsdp", "expert"),
-    "sequence": ("sequence",),
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
-    "experts": ("expert",),
-    "layers": (),
-}
 
 
 def resolve_axis_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str, int]:
@@ -147,51 +128,3 @@ def like_params(tree, infos: dict, shardings: dict, default: NamedSharding):
         return default
 
     return jax.tree_util.tree_map_with_path(pick, tree)
-
-
-_ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("jaxlm_mesh", default=None)
-
-
-@contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
-    """Within this context `constrain` places activations by `rules` on `mesh`, and `mesh` is jax's ambient mesh."""
-    token = _ACTIVE.set((mesh, rules))
-    try:
-        with jax.set_mesh(mesh):
-            yield
-    finally:
-        _ACTIVE.reset(token)
-
-
-def active() -> tuple[Mesh, Rules] | None:
-    """The mesh and rules of the innermost `use_mesh`."""
-    return _ACTIVE.get()
-
-
-@contextlib.contextmanager
-def no_mesh() -> Iterator[None]:
-    """Within this context (the body of a shard_map) `constrain` is the identity and `active` None."""
-    token = _ACTIVE.set(None)
-    try:
-        yield
-    finally:
-        _ACTIVE.reset(token)
-
-
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Tell the partitioner where an activation lives, by logical axis; without a mesh this is the identity.
-
-    An axis whose mesh axes do not divide the dimension is left to the partitioner (a batch of one in decoding, say).
-    """
-    active = _ACTIVE.get()
-    if active is None:
-        return x
-    mesh, rules = active
-    if mesh.size == 1:
-        return x
-    entries = []
-    for size, axis in zip(x.shape, axes, strict=True):
-        mesh_axes = rules[axis] if axis is not None else ()
-        ways = math.prod(mesh.shape[a] for a in mesh_axes)
-        entries.append(mesh_axes if mesh_axes and size % ways == 0 else None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*entries)))

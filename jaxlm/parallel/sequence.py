@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jaxlm.parallel.mesh import active, no_mesh
+from jaxlm.parallel.context import active, no_mesh
 
 AXIS = "sequence"
 

@@ -25,7 +25,8 @@ from jaxlm.ops import forms
 from jaxlm.optim.registry import make_optimizer
 from jaxlm.optim.schedules import make_schedule
 from jaxlm.parallel import processes
-from jaxlm.parallel.mesh import Rules, make_mesh, make_rules, partition_spec, use_mesh
+from jaxlm.parallel.context import Rules, use_mesh
+from jaxlm.parallel.mesh import make_mesh, make_rules, partition_spec
 from jaxlm.schema import UserError
 from jaxlm.training.checkpoint import Checkpoints
 from jaxlm.training.metrics import MetricsWriter, ThroughputMeter, TrainingProgress, format_count, peak_flops

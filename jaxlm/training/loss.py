@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.parallel.mesh import constrain
+from jaxlm.parallel.context import constrain
 
 
 class Loss(NamedTuple):

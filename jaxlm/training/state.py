@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxlm.models.language_model import ModelSettings, init_params
-from jaxlm.parallel.mesh import Rules, like_params, param_shardings
+from jaxlm.parallel.context import Rules
+from jaxlm.parallel.mesh import like_params, param_shardings
 from jaxlm.params import map_info
 
 

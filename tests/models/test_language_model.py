@@ -7,12 +7,29 @@ import pytest
 from flax import nnx
 
 from jaxlm import params as params_lib
-from jaxlm.layers.ffn import SwiGLUSettings
-from jaxlm.layers.mixers.attention import AttentionSettings
+from jaxlm.layers.ffn import SwiGLU, SwiGLUSettings
+from jaxlm.layers.mixers.attention import Attention, AttentionSettings
+from jaxlm.layers.mixers.cross import CrossAttentionSettings, GMUSettings
+from jaxlm.layers.mixers.delta import DeltaNetSettings, GatedDeltaNetSettings, KDASettings
 from jaxlm.layers.mixers.gla import GLASettings
+from jaxlm.layers.mixers.hgrn import HGRNSettings
+from jaxlm.layers.mixers.hgrn2 import HGRN2Settings
+from jaxlm.layers.mixers.lightnet import LightNetSettings
 from jaxlm.layers.mixers.linear import LinearSettings
+from jaxlm.layers.mixers.log_linear import LogLinearSettings
+from jaxlm.layers.mixers.mamba import MambaSettings
+from jaxlm.layers.mixers.mamba2 import Mamba2Settings
+from jaxlm.layers.mixers.minimal import MinGRUSettings, MinLSTMSettings
+from jaxlm.layers.mixers.miras import MemoraSettings, MonetaSettings, YaadSettings
+from jaxlm.layers.mixers.mla import MLASettings
+from jaxlm.layers.mixers.mom import MoMSettings
 from jaxlm.layers.mixers.retention import RetentionSettings
+from jaxlm.layers.mixers.rwkv7 import RWKV7Settings, RWKVChannelMixingSettings
+from jaxlm.layers.mixers.s4d import S4DSettings
+from jaxlm.layers.mixers.ttt import TTTLinearSettings
 from jaxlm.models.language_model import LanguageModel, ModelSettings, abstract_model, train_flops_per_token
+from jaxlm.parallel.context import DEFAULT_RULES, use_mesh
+from jaxlm.parallel.mesh import make_mesh, param_shardings
 
 VOCAB = 64
 
@@ -28,6 +45,25 @@ MIXERS = {
     "attention-window": AttentionSettings(heads=2, window=5, output_gate="elementwise"),
     "attention-nope": AttentionSettings(heads=2, qk_norm=False, rope_base=None, output_gate="headwise"),
     "attention-partial-rope": AttentionSettings(heads=2, rope_fraction=0.5),
+    "attention-differential": AttentionSettings(heads=8, kv_heads=4, differential=True, biases=("q", "v", "output")),
+    "mla": MLASettings(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
+    "mom": MoMSettings(heads=2, chunk_size=8),
+    "deltanet": DeltaNetSettings(heads=2, chunk_size=8),
+    "gated-deltanet": GatedDeltaNetSettings(heads=2, value_heads=4, head_dim=8, chunk_size=8),
+    "kda": KDASettings(heads=2, decay_bound=-5.0, chunk_size=8),
+    "hgrn": HGRNSettings(chunk_size=8),
+    "hgrn2": HGRN2Settings(head_dim=8, chunk_size=8),
+    "lightnet": LightNetSettings(head_dim=8, gate_rank=4, chunk_size=8),
+    "mamba": MambaSettings(state=4, chunk_size=8),
+    "mamba2": Mamba2Settings(head_dim=16, state=8, groups=2, chunk_size=8),
+    "mingru": MinGRUSettings(chunk_size=8),
+    "minlstm": MinLSTMSettings(chunk_size=8),
+    "s4d": S4DSettings(state=8, chunk_size=8),
+    "log-linear": LogLinearSettings(heads=2, max_length=32, chunk_size=8),
+    "ttt": TTTLinearSettings(head_dim=16, chunk_size=4),
+    "moneta": MonetaSettings(heads=2, expansion=2, gate_rank=4, chunk_size=4),
+    "yaad": YaadSettings(heads=2, expansion=2, gate_rank=4, chunk_size=4),
+    "memora": MemoraSettings(heads=2, expansion=2, gate_rank=4, chunk_size=4),
 }
 
 
@@ -58,6 +94,30 @@ def hybrid(depth=5, **changes):
     )  # fmt: skip
 
 
+def sambay(**changes):
+    """Differential attention throughout; the second half reads a memory and keys and values of the first."""
+    full = AttentionSettings(heads=4, kv_heads=2, differential=True, qk_norm=False, rope_base=None, produces="kv")
+    mixers = {
+        "mamba": MIXERS["mamba"], "memory": MIXERS["mamba"].model_copy(update={"produces": "memory"}),
+        "full": full, "gmu": GMUSettings(), "cross": CrossAttentionSettings(heads=4, differential=True),
+    }  # fmt: skip
+    stages = [{"pattern": ["mamba"]}, {"pattern": ["memory", "full"]}, {"pattern": ["gmu", "cross"], "repeat": 2}]
+    return ModelSettings(
+        vocab_size=VOCAB, width=32, depth=7, pattern=None, stages=stages, mixers=mixers, ffn=SwiGLUSettings(hidden=48),
+        **changes,
+    )  # fmt: skip
+
+
+def rwkv7(**changes):
+    """A first layer whose values the later ones mix into theirs, and channel mixers with a state."""
+    roles = {"1": "make", "2": "mix"}
+    mixers = {name: RWKV7Settings(head_dim=8, value_residual=role, chunk_size=8) for name, role in roles.items()}
+    return ModelSettings(
+        vocab_size=VOCAB, width=32, depth=3, pattern=None, stages=[{"pattern": ["1"]}, {"pattern": ["2"], "repeat": 2}],
+        mixers=mixers, ffn=RWKVChannelMixingSettings(ratio=1.5), norm="layer", embedding_norm=True, **changes,
+    )  # fmt: skip
+
+
 def build(settings, seed=0):
     """A model whose parameters are far enough from their small initial values to make differences visible."""
     infos = params_lib.describe(abstract_model(settings))
@@ -81,7 +141,7 @@ def call(model, tokens, state=None, segment_ids=None):
     return model(tokens, state, segment_ids)
 
 
-MODELS = {"hybrid": hybrid, "staged": staged}
+MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "sambay": sambay}
 
 
 @pytest.fixture(scope="module", params=[*MIXERS, *MODELS])
@@ -89,14 +149,19 @@ def model(request):
     return build(MODELS[request.param]() if request.param in MODELS else settings_for(MIXERS[request.param]))
 
 
+# Few different shapes: compiling takes these tests most of their time.
+PIECE = 7  # no multiple of a chunk
+LENGTH = 2 * PIECE + 1
+
+
 def test_decode_and_split_prefill_equal_one_parallel_call(model):
-    x = tokens(21)
+    x = tokens(LENGTH)
     expected, none = call(model, x)
     assert none is None
-    state = model.init_state(2, length=21)
+    state = model.init_state(2, length=LENGTH)
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), state)
     logits = []
-    for piece in (x[:, :13], *(x[:, i : i + 1] for i in range(13, 21))):
+    for piece in (x[:, :PIECE], *(x[:, i : i + 1] for i in range(PIECE, LENGTH))):
         out, state = call(model, piece, state)
         assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == shapes
         logits.append(out)
@@ -104,34 +169,45 @@ def test_decode_and_split_prefill_equal_one_parallel_call(model):
 
 
 def test_a_packed_row_gives_each_document_what_it_gives_alone(model):
-    lengths = (9, 1, 7)
-    x = tokens(sum(lengths), batch=1)
-    segment_ids = jnp.repeat(jnp.asarray([3, 1, 3]), jnp.asarray(lengths))[None]
-    packed, state = call(model, x, model.init_state(1, length=17), segment_ids)
+    lengths = (PIECE, 1, PIECE)
+    x = tokens(LENGTH)
+    segment_ids = jnp.repeat(jnp.asarray([3, 1, 3]), jnp.asarray(lengths))[None].repeat(2, 0)
+    packed, state = call(model, x, model.init_state(2, length=LENGTH), segment_ids)
     start = 0
     for length in lengths:
-        alone, last = call(model, x[:, start : start + length], model.init_state(1, length=17))
+        alone, last = call(model, x[:, start : start + length], model.init_state(2, length=LENGTH))
         np.testing.assert_allclose(packed[:, start : start + length], alone, atol=1e-4)
         start += length
     # The state left behind is the last document's: continuing either gives the same.
-    more = tokens(4, batch=1, seed=9)
+    more = tokens(1, seed=9)
     np.testing.assert_allclose(call(model, more, state)[0], call(model, more, last)[0], atol=1e-4)
 
 
 def test_later_tokens_do_not_change_earlier_logits_by_one_bit(model):
-    x = tokens(21)
-    changed = x.at[:, 14:].set((x[:, 14:] + 1) % VOCAB)
-    before, after = call(model, x)[0], call(model, changed)[0]
-    np.testing.assert_array_equal(before[:, :14], after[:, :14])
-    assert not np.array_equal(before[:, 14:], after[:, 14:])
+    x = tokens(LENGTH)
+    before = call(model, x)[0]
+    for t in (3, 10):
+        after = call(model, x.at[:, t:].set((x[:, t:] + 1) % VOCAB))[0]
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert not np.array_equal(before[:, t:], after[:, t:])
 
 
-def test_prefill_gives_the_last_logits_and_the_state(model):
-    x = tokens(9)
-    expected, state = call(model, x, model.init_state(2, length=12))
-    got, got_state = jax.jit(lambda m, x, s: m.prefill(x, s))(model, x, model.init_state(2, length=12))
+def test_prefill_stops_early_for_all_tokens_but_the_last(monkeypatch):
+    """SambaY: the cross-decoder and the full attention in front of it see one token, with the same logits and state."""
+    model = build(sambay())
+    x = tokens(LENGTH)
+    segment_ids = jnp.asarray([[1] * 5 + [2] * 10, [0] * 15])
+    expected, state = call(model, x, model.init_state(2, length=LENGTH), segment_ids)
+    monkeypatch.setattr(Attention, "exchange", lambda *_: pytest.fail("attention over all tokens"))
+    lengths = []
+    swiglu = SwiGLU.__call__
+    monkeypatch.setattr(SwiGLU, "__call__", lambda self, x, *_: (lengths.append(x.shape[1]), swiglu(self, x))[1])
+    prefill = jax.jit(lambda model, *args: model.prefill(*args))
+    got, got_state = prefill(model, x, model.init_state(2, length=LENGTH), segment_ids)
     np.testing.assert_allclose(got, expected[:, -1], atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got_state, state)
+    # Mamba; Mamba with a memory; full attention; two stacked pairs of memory unit and cross-attention.
+    assert lengths == [LENGTH, LENGTH, 1, 1, 1]
 
 
 def test_stacked_blocks_equal_blocks_called_one_by_one():
@@ -212,6 +288,11 @@ def test_compute_dtype_is_that_of_activations_only():
         ({"mixers": {"swa": AttentionSettings()}}, "swa not used by the pattern"),
         ({"stages": [{"pattern": ["gla"]}]}, "pattern and stages are both given"),
         ({"pattern": None}, "pattern and stages are both null"),
+        ({"pattern": ("gla", "gmu")}, "'gmu' reads 'memory', which no earlier block makes; put a mixer with produces: memory"),
+        (
+            {"pattern": ("m", "gmu"), "mixers": {"m": MambaSettings(produces="memory")}},
+            "'m' makes 'memory' more than once; one block makes it",
+        ),
         ({"pattern": None, "stages": [{"pattern": ["gla", "linear"], "repeat": 3}]}, "depth=8 but .* 6 blocks; set depth to 6"),
     ],
 )
@@ -225,3 +306,29 @@ def test_head_dims_that_do_not_divide_are_named():
         abstract_model(settings_for(GLASettings(heads=3)))
     with pytest.raises(ValueError, match="kv_heads=3 must divide heads=4"):
         AttentionSettings(heads=4, kv_heads=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*MIXERS, *MODELS])
+def test_eight_devices_equal_one(case):
+    """Rows, heads and the sequence split two ways each: loss and every gradient, documents crossing the shards."""
+    settings = MODELS[case]() if case in MODELS else settings_for(MIXERS[case])
+    graphdef, tree = params_lib.split(build(settings))
+    x = tokens(16)
+    segment_ids = jnp.asarray([[0] * 5 + [1] * 6 + [2] * 5, [0] * 8 + [1] * 8])
+
+    def loss(tree, x, segment_ids):
+        hidden, _, auxiliary = nnx.merge(graphdef, tree).hidden_with_auxiliary(x, segment_ids=segment_ids)
+        return jnp.mean(jnp.sin(3 * hidden)) + auxiliary
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(tree, x, segment_ids)
+    mesh = make_mesh({"data": 2, "sequence": 2, "tensor": 2})
+    with use_mesh(mesh):
+        shardings = param_shardings(params_lib.describe(abstract_model(settings)), mesh, DEFAULT_RULES)
+        placed = jax.device_put(tree, shardings)
+        value_8, gradient_8 = jax.jit(jax.value_and_grad(lambda *args: loss(*args)))(placed, x, segment_ids)
+    np.testing.assert_allclose(value_8, value, rtol=1e-5, atol=1e-6)
+    rms = lambda x: float(jnp.sqrt(jnp.mean(jnp.asarray(x) ** 2)))  # noqa: E731
+    scale = max(rms(g) for g in jax.tree.leaves(gradient))
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(jax.device_get(gradient_8)), strict=True):
+        assert rms(np.asarray(a) - b) <= 1e-4 * max(rms(a), 1e-3 * scale)

@@ -22,7 +22,7 @@ from jax.experimental import topologies
 
 from jaxlm import params
 from jaxlm.config import RunConfig
-from jaxlm.parallel.mesh import use_mesh
+from jaxlm.parallel.context import use_mesh
 from jaxlm.training.loop import jit_train_step, prepare
 from jaxlm.training.state import abstract_state
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxlm.parallel import context, processes
 from jaxlm.parallel import mesh as mesh_lib
-from jaxlm.parallel import processes
 from jaxlm.params import ParamInfo
 from jaxlm.schema import UserError
 
@@ -49,7 +49,7 @@ def test_a_parameter_that_does_not_divide_is_named():
     mesh = mesh_lib.make_mesh({"fsdp": 8})
     infos = {"block": {"kernel": ParamInfo((12, 4), jnp.float32, ("embed", None), "hidden")}}
     with pytest.raises(UserError, match="block.kernel has 12 entries along 'embed', which fsdp = 8 does not divide"):
-        mesh_lib.param_shardings(infos, mesh, mesh_lib.DEFAULT_RULES)
+        mesh_lib.param_shardings(infos, mesh, context.DEFAULT_RULES)
 
 
 def test_copies_of_parameters_in_an_optimizer_state_live_beside_them():
@@ -58,7 +58,7 @@ def test_copies_of_parameters_in_an_optimizer_state_live_beside_them():
         "a": {"kernel": ParamInfo((8, 4), jnp.float32, ("embed", "mlp"), "hidden")},
         "b": {"kernel": ParamInfo((8, 2), jnp.float32, ("embed", None), "hidden")},
     }
-    shardings = mesh_lib.param_shardings(infos, mesh, mesh_lib.DEFAULT_RULES)
+    shardings = mesh_lib.param_shardings(infos, mesh, context.DEFAULT_RULES)
     shape = jax.ShapeDtypeStruct
     moments = {"a": {"kernel": shape((8, 4), jnp.float32)}, "b": {"kernel": shape((8, 2), jnp.float32)}}
     state = ({"mu": moments}, shape((), jnp.int32))
@@ -71,17 +71,17 @@ def test_copies_of_parameters_in_an_optimizer_state_live_beside_them():
 
 def test_constrain_places_activations_and_is_the_identity_without_a_mesh():
     x = jnp.ones((8, 4, 6))
-    assert mesh_lib.constrain(x, "batch", "sequence", "mlp") is x
+    assert context.constrain(x, "batch", "sequence", "mlp") is x
     mesh = mesh_lib.make_mesh({"data": 4, "tensor": 2})
-    with mesh_lib.use_mesh(mesh):
-        y = jax.jit(lambda x: mesh_lib.constrain(x * 2, "batch", None, "mlp"))(x)
+    with context.use_mesh(mesh):
+        y = jax.jit(lambda x: context.constrain(x * 2, "batch", None, "mlp"))(x)
         # A single row cannot be split over four devices and is left alone.
-        z = jax.jit(lambda x: mesh_lib.constrain(x * 2, "batch", None, "mlp"))(x[:1])
+        z = jax.jit(lambda x: context.constrain(x * 2, "batch", None, "mlp"))(x[:1])
     assert y.addressable_shards[0].data.shape == (2, 4, 3)
     assert z.shape == (1, 4, 6)
 
 
 def test_local_rows_are_those_of_this_process():
     mesh = mesh_lib.make_mesh({"data": 4, "tensor": 2})
-    sharding = jax.NamedSharding(mesh, mesh_lib.partition_spec(("batch",), mesh_lib.DEFAULT_RULES))
+    sharding = jax.NamedSharding(mesh, mesh_lib.partition_spec(("batch",), context.DEFAULT_RULES))
     assert processes.local_rows(sharding, 8) == list(range(8))

@@ -11,10 +11,12 @@ import pytest
 from jaxlm.ops.attention import attention
 from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
+from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.segments import positions_in_runs, resets, run_index
 from jaxlm.parallel import sequence
-from jaxlm.parallel.mesh import make_mesh, use_mesh
+from jaxlm.parallel.context import use_mesh
+from jaxlm.parallel.mesh import make_mesh
 
 B, T, H, K, V = 2, 32, 2, 4, 6
 
@@ -90,6 +92,28 @@ def gates(seed, *shape):
     return jax.nn.sigmoid(normal(seed, *shape))
 
 
+def complex_normal(seed, *shape):
+    return normal(seed, *shape) + 1j * normal(seed + 50, *shape)
+
+
+def diagonal(varying=True, number=normal):
+    """Real or complex factors in the unit disc, changing in time or not; two channel axes."""
+    log_a = decays(B, T, H, K) if varying else decays(H, K)
+    b = number(1, B, T, H, K)
+    log_a = log_a + 1j * normal(2, *log_a.shape) if jnp.iscomplexobj(b) else log_a
+    return partial(diagonal_recurrence, chunk_size=4), (log_a, b), number(3, B, H, K)
+
+
+def ssm():
+    a = jnp.stack([0.9 * jnp.cos(normal(0, H, K)), 0.9 * jnp.sin(normal(0, H, K))], axis=1)
+    return partial(diagonal_ssm, chunk_size=4), (normal(1, B, T, H), a, normal(2, H, 2, K)), normal(3, B, H, 2, K)
+
+
+def selective():
+    arrays = (normal(0, B, T, H), gates(1, B, T, H), -gates(2, H, K), normal(3, B, T, K), normal(4, B, T, K))
+    return partial(selective_scan, chunk_size=4), arrays, normal(5, B, H, K)
+
+
 # op(*arrays, initial_state=, segment_ids=) -> (outputs, final state): a line per op.
 OPS = {
     "linear_attention": lambda: linear(None),
@@ -100,6 +124,11 @@ OPS = {
     "delta_rule-vector": lambda: delta(decays(B, T, H, K)),
     "delta_rule-gates": lambda: delta(decays(B, T, H, K), gates(6, B, T, H, K), gates(7, B, T, H, V)),
     "dplr_delta_rule": dplr,
+    "diagonal_recurrence": diagonal,
+    "diagonal_recurrence-constant": lambda: diagonal(varying=False),
+    "diagonal_recurrence-complex": lambda: diagonal(number=complex_normal),
+    "diagonal_ssm": ssm,
+    "selective_scan": selective,
 }
 
 

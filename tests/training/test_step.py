@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxlm.data import load_tokenizer, train_batches
-from jaxlm.parallel.mesh import use_mesh
+from jaxlm.parallel.context import use_mesh
 from jaxlm.training.loop import jit_train_step, prepare
 from jaxlm.training.state import init_state
 from tests.training.helpers import tiny_config

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field
 from jaxlm.layers.convolution import ShortConvolution
 from jaxlm.layers.linear import Dense
 from jaxlm.layers.norms import RMSNorm
-from jaxlm.parallel.mesh import constrain
+from jaxlm.parallel.context import constrain
 from jaxlm.schema import UserError
 
 State = dict[str, Array]

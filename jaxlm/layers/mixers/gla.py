@@ -13,7 +13,7 @@ from pydantic import Field
 from jaxlm.layers.linear import Dense
 from jaxlm.layers.mixers.common import QKV, ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
 from jaxlm.ops.linear_attention import linear_attention
-from jaxlm.parallel.mesh import constrain
+from jaxlm.parallel.context import constrain
 from jaxlm.schema import Schema
 
 

@@ -1,4 +1,7 @@
-"""Retention: linear attention with a fixed decay per head (RetNet, arXiv 2307.08621; Lightning Attention-2, 2401.04658)."""
+"""Retention: linear attention with a fixed decay per head (RetNet, arXiv 2307.08621; Lightning Attention-2, 2401.04658).
+
+TransNormerLLM's layer (arXiv 2307.14995) is decay: lightning, activation: silu, output_gate: sigmoid, norm: all.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
-from jaxlm.layers.mixers.common import QKV, ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops, zeros_state
+from jaxlm.layers.mixers.common import QKV, ChunkSize, LayerContext, State, head_size, recurrent_flops, zeros_state
+from jaxlm.layers.mixers.delta import GatedOutput
 from jaxlm.layers.positions import positions_in_segments, rotary
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.params import param
@@ -30,7 +34,13 @@ class RetentionSettings(Schema):
         description="Log decay of head h: 'retnet' log(1 - 2^(-5-h)); 'lightning' -(8/heads) (1 - layer/depth) h.",
     )
     rope_base: float | None = Field(10_000.0, gt=1, description="Base of the rotary embedding on q and k; null for none.")
-    output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
+    activation: Literal["none", "silu"] = Field("none", description="What queries and keys pass through before they rotate.")
+    output_gate: Literal["none", "swish", "sigmoid"] = Field(
+        "swish", description="What of a projection of the layer's input multiplies the normed output."
+    )
+    norm: Literal["head", "all"] = Field(
+        "head", description="RMSNorm of the output: of every head for itself, or of all channels at once."
+    )
     convolution: int = Field(0, ge=0, description="Width of a short convolution on q, k and v; 0 for none.")
     chunk_size: ChunkSize = 64
 
@@ -51,7 +61,7 @@ def head_log_decay(settings: RetentionSettings, context: LayerContext) -> Float[
 
 
 class Retention(nnx.Module):
-    """S_t = exp(g_h) S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(K), rotary on q and k, swish-gated per-head RMSNorm."""
+    """S_t = exp(g_h) S_{t-1} + k_t^T v_t, o_t = q_t S_t / sqrt(K), rotary on q and k, gated RMSNorm."""
 
     def __init__(self, settings: RetentionSettings, context: LayerContext, *, rngs: nnx.Rngs):
         self.settings = settings
@@ -60,12 +70,15 @@ class Retention(nnx.Module):
         self.qkv = QKV(context.width, keys, values, settings.heads, settings.convolution, rngs=rngs)
         # Lightning's rates differ between layers, so stacked layers must carry them as an array.
         self.log_decay = param(head_log_decay(settings, context), ("heads",), "constant")
-        self.output = HeadOutput(context, values, self.value_dim, gate=settings.output_gate, rngs=rngs)
+        normed = self.value_dim if settings.norm == "head" else values
+        self.output = GatedOutput(context, values, normed, gate=settings.output_gate, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], state: State | None = None, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], State]:
         q, k, v, convolution = self.qkv(x, state, segment_ids)
+        if self.settings.activation == "silu":
+            q, k = jax.nn.silu(q), jax.nn.silu(k)
         start = None if state is None else state["position"]
         positions = positions_in_segments(segment_ids, x.shape[:2], start)
         if self.settings.rope_base is not None:
@@ -77,6 +90,8 @@ class Retention(nnx.Module):
             q, k, v, log_decay,
             initial_state=initial, segment_ids=segment_ids, chunk_size=self.settings.chunk_size,
         )  # fmt: skip
+        if self.settings.norm == "all":
+            o = o.reshape(*o.shape[:2], 1, -1)
         return self.output(o, x), {"recurrent": recurrent, "position": positions[:, -1] + 1, **convolution}
 
     def init_state(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> State:

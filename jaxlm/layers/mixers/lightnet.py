@@ -1,0 +1,109 @@
+"""LightNet: linear attention whose decays come from a running sum (Qin et al. 2024, arXiv 2405.21022)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from pydantic import Field
+
+from jaxlm.layers.linear import Dense
+from jaxlm.layers.mixers.common import (
+    ChunkSize,
+    LayerContext,
+    State,
+    head_size,
+    recurrent_flops,
+    split_heads,
+    zeros_state,
+)
+from jaxlm.layers.mixers.delta import GatedOutput
+from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.segments import check_segment_ids, resets
+from jaxlm.parallel.context import constrain
+from jaxlm.schema import Schema
+
+
+class LightNetSettings(Schema):
+    """Linear attention that weighs each key channel by a softmax over the tokens so far."""
+
+    op: ClassVar[str] = "linear_attention"
+    kind: Literal["lightnet"] = "lightnet"
+    head_dim: int = Field(128, gt=0, description="Channels of keys and values a head.")
+    gate_rank: int = Field(128, gt=0, description="Rank of the output gate's projection.")
+    chunk_size: ChunkSize = 64
+
+    def heads(self, width: int) -> int:
+        return head_size(width, self.head_dim, "lightnet: the width over head_dim, as")
+
+    def sequence_flops(self, width: int, context: int) -> float:
+        return recurrent_flops(self.heads(width), self.head_dim, self.head_dim)
+
+
+def running_logsumexp(
+    logits: Float[Array, "B T H K"], before: Float[Array, "B H K"] | None, segment_ids: Int[Array, "B T"] | None
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
+    """z_t = log sum_{s <= t} exp(logit_s) over each document so far, and the log decay z_{t-1} - z_t <= 0.
+
+    Args:
+      logits: in float32.
+      before: z before token 0, which the first run of a row continues; minus infinity, and None, where nothing was summed.
+      segment_ids: sums start anew where the id changes.
+
+    Returns:
+      z, and the log decay; that of a document's first token, which no state precedes, is 0.
+    """
+    check_segment_ids(segment_ids, logits.shape[:2])
+    first = jnp.zeros(logits.shape[:2], bool) if segment_ids is None else resets(segment_ids)
+    first = jnp.broadcast_to(first[..., None, None], logits.shape)
+    sums = logits
+    if before is not None:
+        sums = sums.at[:, 0].set(jnp.logaddexp(before, logits[:, 0]))
+
+    def join(left, right):
+        return left[0] | right[0], jnp.where(right[0], right[1], jnp.logaddexp(left[1], right[1]))
+
+    _, z = jax.lax.associative_scan(join, (first, sums), axis=1)
+    start = jnp.full_like(z[:, 0], -jnp.inf) if before is None else before
+    previous = jnp.concatenate([start[:, None], z[:, :-1]], axis=1)
+    return z, jnp.where(first | (previous == -jnp.inf), 0, previous - z)
+
+
+class LightNet(nnx.Module):
+    """S_t = Diag(exp(z_{t-1} - z_t)) S_{t-1} + exp(l_t - z_t)^T v_t, z_t = log sum_{s<=t} exp(l_s), o_t = silu(q_t) S_t.
+
+    So o_t = silu(q_t) sum_s softmax_{s<=t}(l_s) v_s, channel by channel (section 3: additive recurrence), l the keys'
+    logits. Then RMSNorm over all channels, a low-rank swish gate and the output projection (flash-linear-attention).
+    """
+
+    def __init__(self, settings: LightNetSettings, context: LayerContext, *, rngs: nnx.Rngs):
+        self.settings = settings
+        width = context.width
+        self.heads = settings.heads(width)
+        self.q = Dense(width, width, axes=("embed", "heads"), rngs=rngs)
+        self.k = Dense(width, width, axes=("embed", "heads"), rngs=rngs)
+        self.v = Dense(width, width, axes=("embed", "heads"), rngs=rngs)
+        self.output = GatedOutput(context, width, width, gate="swish", rank=settings.gate_rank, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], state: State | None = None, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], State]:
+        q = split_heads(jax.nn.silu(self.q(x)), self.heads)
+        logits = split_heads(self.k(x), self.heads).astype(jnp.float32)
+        before = dict.fromkeys(("recurrent", "sum")) if state is None else state
+        z, log_decay = running_logsumexp(logits, before["sum"], segment_ids)
+        k = jnp.exp(logits - z).astype(x.dtype)
+        o, recurrent = linear_attention(
+            q, k, split_heads(self.v(x), self.heads), constrain(log_decay, "batch", "sequence", "heads", None),
+            initial_state=before["recurrent"], segment_ids=segment_ids, chunk_size=self.settings.chunk_size,
+        )  # fmt: skip
+        return self.output(o.reshape(*x.shape[:2], 1, -1), x), {"recurrent": recurrent, "sum": z[:, -1]}
+
+    def init_state(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> State:
+        size = self.settings.head_dim
+        # The logarithm of a sum of nothing.
+        nothing = jnp.full((batch, self.heads, size), -jnp.inf, jnp.float32)
+        return {"recurrent": zeros_state(batch, self.heads, size, size), "sum": nothing}

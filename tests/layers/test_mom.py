@@ -1,0 +1,235 @@
+"""Mixture of memories: against its equations token by token, with documents, states and the router's loss."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlm import params as params_lib
+from jaxlm.layers.ffn import SwiGLUSettings
+from jaxlm.layers.mixers.common import LayerContext
+from jaxlm.layers.mixers.mom import MoM, MoMSettings
+from jaxlm.schema import UserError
+
+WIDTH = 12
+
+
+def make(seed=1, **changes):
+    settings = MoMSettings(**{"memories": 3, "top_k": 2, "heads": 2, "expand_v": 2 / 3, "gate_rank": 3, "convolution": 3,
+                              "chunk_size": 4, **changes})  # fmt: skip
+    mixer = MoM(settings, LayerContext(WIDTH, 1, jnp.asarray(0)), rngs=nnx.Rngs(0))
+    keys = iter(jax.random.split(jax.random.key(seed), 100))
+    tree = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params_lib.split(mixer)[1])
+    return nnx.merge(params_lib.split(mixer)[0], tree)
+
+
+def rows(length=11, batch=2):
+    return jax.random.normal(jax.random.key(7), (batch, length, WIDTH))
+
+
+@jax.jit
+def call(mixer, x, state=None, segment_ids=None):
+    return mixer.with_auxiliary(x, state, segment_ids)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def unit(x):
+    return x / np.sqrt(np.sum(x * x, -1, keepdims=True) + 1e-6)
+
+
+def convolve(x, taps):
+    padded = np.concatenate([np.zeros((len(taps) - 1, x.shape[1])), x])
+    y = np.stack([(padded[t : t + len(taps)] * taps).sum(0) for t in range(len(x))])
+    return y * sigmoid(y)
+
+
+def memory(p, settings, x, r):
+    """One memory over the tokens it gets: projections, convolutions, recurrence. [n, D] -> [n, H, V]."""
+    rule, heads = settings.rule, settings.heads
+    q, k, v = x @ p["q"]["kernel"], x @ p["k"]["kernel"][r], x @ p["v"]["kernel"][r]
+    if settings.convolution:
+        q, k, v = (convolve(y, p["convolve"][name]["weight"]) for name, y in (("q", q), ("k", k), ("v", v)))
+    q, k, v = (y.reshape(len(x), heads, -1) for y in (q, k, v))
+    delta = rule in ("deltanet", "gated_deltanet", "kda")
+    if delta:
+        q, k, beta = unit(q), unit(k), sigmoid(x @ p["beta"]["kernel"][r])
+    g = np.zeros((len(x), heads, 1))
+    if rule == "retention":
+        g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[:, None]
+    if rule in ("simple_gla", "gated_deltanet"):
+        g = (x @ p["decay"]["up"]["kernel"][r])[..., None]
+    if rule in ("gla", "kda"):
+        g = (x @ p["decay"]["down"]["kernel"][r] @ p["decay"]["up"]["kernel"][r]).reshape(len(x), heads, -1)
+    if rule in ("simple_gla", "gla"):
+        g = -softplus(-(g + p["decay"]["bias"][r].reshape(heads, -1))) / 16
+    if rule in ("gated_deltanet", "kda"):
+        g = -np.exp(p["decay"]["a_log"])[:, None] * softplus(g + p["decay"]["dt_bias"].reshape(heads, -1))
+    state = np.zeros((heads, k.shape[-1], v.shape[-1]))
+    out = []
+    for t in range(len(x)):
+        state = np.exp(g[t])[..., None] * state
+        write = v[t]
+        if delta:
+            write = beta[t][:, None] * (v[t] - np.einsum("hk,hkv->hv", k[t], state))
+        state = state + k[t][..., None] * write[:, None]
+        out.append(np.einsum("hk,hkv->hv", q[t], state) / np.sqrt(k.shape[-1]))
+    return np.stack(out)
+
+
+def scores_of(p, x):
+    e = np.exp(x @ p["router"]["kernel"])
+    return e / e.sum(-1, keepdims=True)
+
+
+def document(p, settings, x):
+    """A whole document, memory by memory."""
+    scores = scores_of(p, x)
+    chosen = np.argsort(-scores, axis=-1)[:, : settings.top_k]
+    o = memory(p, settings, x, settings.memories) if settings.shared else 0.0
+    o = np.broadcast_to(o, (len(x), settings.heads, p["v"]["kernel"].shape[-1] // settings.heads)).copy()
+    for r in range(settings.memories):
+        mine = np.flatnonzero((chosen == r).any(-1))
+        if len(mine):
+            weight = scores[mine, r] / np.take_along_axis(scores[mine], chosen[mine], -1).sum(-1)
+            o[mine] += weight[:, None, None] * memory(p, settings, x[mine], r)
+    o = o / np.sqrt(np.mean(o * o, -1, keepdims=True) + 1e-5) * p["output"]["norm"]["scale"]
+    z = x @ p["output"]["gate"]["kernel"]
+    return (o.reshape(len(x), -1) * z * sigmoid(z)) @ p["output"]["project"]["kernel"]
+
+
+def numpy_params(mixer):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), params_lib.split(mixer)[1])
+
+
+def expected_rows(mixer, x, lengths):
+    p, x = numpy_params(mixer), np.asarray(x, np.float64)
+    starts = np.cumsum([0, *lengths])
+    pieces = [[document(p, mixer.settings, row[a:b]) for a, b in itertools.pairwise(starts)] for row in x]
+    return np.stack([np.concatenate(row) for row in pieces])
+
+
+LENGTHS = (6, 1, 4)
+IDS = jnp.repeat(jnp.asarray([[4, 1, 4]] * 2), jnp.asarray(LENGTHS), axis=1, total_repeat_length=11)
+CASES = {
+    **{rule: {"rule": rule} for rule in ("linear", "retention", "simple_gla", "gla", "deltanet", "gated_deltanet", "kda")},
+    "one of many, alone": {"rule": "gla", "memories": 5, "top_k": 1, "shared": False, "convolution": 0},
+}
+
+
+FAST = ("gla", "gated_deltanet")
+
+
+@pytest.mark.parametrize("case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+def test_equals_its_equations_with_and_without_a_state(case):
+    """Memories in one sequence (no state) and a sequence each (with one): the same numbers, those of the equations."""
+    mixer, x = make(**CASES[case]), rows()
+    expected = expected_rows(mixer, x, LENGTHS)
+    y, none, _ = call(mixer, x, None, IDS)
+    assert none is None
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    y, _, _ = call(mixer, x, mixer.init_state(2, 11, jnp.float32), IDS)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_memory_continues_its_own_state():
+    """Pieces with a border inside, at their edge, and single tokens continue what each memory had."""
+    mixer, x = make(), rows(12)
+    state = mixer.init_state(2, 12, jnp.float32)
+    shapes = jax.tree.map(lambda s: (s.shape, s.dtype), state)
+    out = []
+    ids = jnp.asarray([[1] * 2 + [2] * 3] * 2)
+    for piece, segment_ids in ((slice(0, 5), ids), (slice(5, 10), ids * 0), *((slice(t, t + 1), None) for t in (10, 11))):
+        y, state, _ = call(mixer, x[:, piece], state, segment_ids)
+        assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == shapes
+        out.append(y)
+    np.testing.assert_allclose(np.concatenate(out, 1), expected_rows(mixer, x, (2, 10)), rtol=1e-4, atol=1e-5)
+    # A document's end drops the states of all memories: of the one that the old document does not visit and the new one,
+    # the opposite token, does (memory scores reversed), too.
+    old, new = x[:, :1], -x[:, :1]
+    ended = call(mixer, jnp.concatenate([old] * 4 + [new], axis=1), state, jnp.asarray([[1] * 4 + [2]] * 2))[1]
+    fresh = call(mixer, new, mixer.init_state(2, 12, jnp.float32), None)[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, fresh)
+
+
+@pytest.mark.parametrize("rule", ["gla", "gated_deltanet"])
+def test_later_tokens_do_not_change_earlier_outputs_by_one_bit(rule):
+    mixer, x = make(rule=rule), rows()
+    for begin in (2, 5, 8):
+        before, after = call(mixer, x, None, IDS)[0], call(mixer, x.at[:, begin:].multiply(-1), None, IDS)[0]
+        np.testing.assert_array_equal(before[:, :begin], after[:, :begin])
+        assert not np.array_equal(before[:, begin:], after[:, begin:])
+
+
+def test_auxiliary_loss_of_an_even_and_a_padded_row():
+    mixer, x = make(), rows()
+    ids = IDS.at[:, 7:].set(0)
+    scores = scores_of(numpy_params(mixer), np.asarray(x, np.float64))[:, :7].reshape(-1, 3)
+    chosen = np.argsort(-scores, axis=-1)[:, :2]
+    share = np.array([[np.mean(chosen[:, j] == e) for e in range(3)] for j in range(2)])
+    loss = call(mixer, x, None, ids)[2]
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, 0.01 * 3 * np.sum(share * scores.mean(0)), rtol=1e-5)
+    # A router that knows nothing gives every memory 1/M: the optimum, top_k.
+    mixer.router.kernel[...] = jnp.zeros_like(mixer.router.kernel[...])
+    np.testing.assert_allclose(call(mixer, x, None, ids)[2], 0.01 * 2, rtol=1e-6)
+
+
+def test_the_router_learns_from_the_output_and_from_the_loss():
+    mixer, x = make(rule="gla"), rows()
+    graphdef, tree = params_lib.split(mixer)
+
+    @jax.jit
+    def gradients(tree, state=None):
+        (y, loss), back = jax.vjp(lambda tree: call(nnx.merge(graphdef, tree), x, state)[::2], tree)
+        return back((jnp.ones_like(y), jnp.zeros_like(loss)))[0], back((jnp.zeros_like(y), jnp.ones_like(loss)))[0]
+
+    output, loss = gradients(tree)
+    assert np.all(np.abs(output["router"]["kernel"]) > 0)
+    assert np.all(np.abs(loss["router"]["kernel"]) > 0)
+    # The loss trains the router alone; the output trains every memory's projections.
+    loss.pop("router")
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(loss))
+    assert np.all(np.abs(output["k"]["kernel"]).max((1, 2)) > 0)
+    # Memories in rows of their own have the same gradients.
+    again, _ = gradients(tree, mixer.init_state(2, 11, jnp.float32))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), again, output)
+
+
+def test_rows_of_a_batch_stay_on_their_devices():
+    mixer, x = make(rule="gla"), rows()
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    compiled = jax.jit(lambda mixer, x: mixer(x, None, IDS)[0]).lower(mixer, spread).compile()
+    np.testing.assert_allclose(compiled(mixer, spread), call(mixer, x, None, IDS)[0], atol=1e-5)
+    assert not any(
+        traffic in compiled.as_text() for traffic in ("all-gather", "all-to-all", "all-reduce", "collective-permute")
+    )
+
+
+def test_published_parameter_count():
+    """Width 1024, 24 blocks, tied vocabulary of 32,000: 512.4 million (the released configuration named 340M)."""
+    mixer = nnx.eval_shape(lambda: MoM(MoMSettings(), LayerContext(1024, 24, jnp.asarray(0)), rngs=nnx.Rngs(0)))
+    count = params_lib.count(params_lib.describe(mixer))
+    # Sheet 13's formula with m = 5 and K = V = 1024, and what it leaves out: a_log, dt_bias, convolutions, norm.
+    assert count == 1024 * 1024 * (6 + 7) + 1024 * 4 + 2 * 5 * 1024 * 4 + 2 * 4 + 4 * 3 * 1024 + 256
+    ffn = 3 * 1024 * SwiGLUSettings(ratio=3).hidden_size(1024)
+    total = 24 * (count + ffn + 2 * 1024) + 32_000 * 1024 + 1024
+    assert total == pytest.approx(512.4e6, abs=0.05e6)
+
+
+def test_input_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="top_k=3 is more than memories=2; lower it or add memories"):
+        MoMSettings(memories=2, top_k=3)
+    with pytest.raises(UserError, match="memories=5 are more than the 3 tokens of a row"):
+        make(memories=5)(rows(3))
