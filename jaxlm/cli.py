@@ -1,4 +1,4 @@
-"""The command line: `jaxlm train | eval | generate | config | doctor | plot | tokenize`."""
+"""The command line: `jaxlm train | eval | generate | config | doctor | plot | tokenize | bench`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,55 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--bytes", action="store_true", help="use the byte tokenizer instead of a new one")
     sub.add_argument("--vocab-size", type=int, default=32_000, help="of a new BPE (default %(default)s)")
     sub.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (default %(default)s)")
+
+    sub = command("bench", None, "measure: ops side by side, mixers on diagnostic tasks")
+    benches = sub.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+
+    def bench(name: str, run, summary: str, description: str) -> argparse.ArgumentParser:
+        sub = benches.add_parser(
+            name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        directory = Path("docs/results") / f"bench_{name}"
+        sub.add_argument("--quick", action="store_true", help="less of everything: minutes on a CPU")
+        sub.add_argument(
+            "--output", "-o", type=Path, default=directory, metavar="DIR", help="where results go (default %(default)s)"
+        )
+        return sub
+
+    sub = bench(
+        "mixers", bench_mixers_command, "time and memory of every op in every form on this device",
+        "Time every op's recurrent, parallel and chunked form side by side on this device, forward and with its gradient,\n"
+        "over sequence lengths; prints ratios to the recurrent form, writes mixers.json and draws mixers.png (extra: plot).",
+    )  # fmt: skip
+    sub.add_argument("--ops", type=names, metavar="A,B", help="ops (default: all)")
+    sub.add_argument("--forms", type=names, metavar="A,B", help="recurrent, parallel, chunked (default: all)")
+    sub.add_argument("--lengths", type=numbers, metavar="N,M", help="tokens (default: 512 to 32768, doubling)")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default %(default)s)")
+    for letter, what, value in (("B", "rows", 2), ("H", "heads", 4), ("K", "key channels", 64), ("V", "value channels", 64)):
+        sub.add_argument(f"-{letter}", type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
+    sub.add_argument("--rounds", type=int, default=5, help="runs that a median is of (default %(default)s)")
+    sub.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds a run may take (default %(default)s)")
+
+    sub = bench(
+        "tasks", bench_tasks_command, "what small models of each mixer can recall and track",
+        "Train a small model of every mixer on every diagnostic task and test it beyond the trained size; writes tasks.json\n"
+        "after every model, so that a stopped run goes on, prints a table and draws tasks.png (extra: plot).",
+    )  # fmt: skip
+    sub.add_argument("--mixers", type=names, metavar="A,B", help="mixers (default: all)")
+    sub.add_argument("--tasks", type=names, metavar="A,B", help="tasks (default: all)")
+    sub.add_argument("--seeds", type=int, default=1, help="models of each kind, of which the best counts (default %(default)s)")
+    sub.add_argument("--steps", type=int, help="training steps of every model")
+    sub.add_argument("--force", action="store_true", help="run again what DIR already has")
     return parser
+
+
+def names(word: str) -> list[str]:
+    return [name.strip() for name in word.split(",") if name.strip()]
+
+
+def numbers(word: str) -> list[int]:
+    return [int(part) for part in word.split(",")]
 
 
 def split_config_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -233,6 +281,25 @@ def tokenize_command(arguments: argparse.Namespace) -> None:
             sources, tokenizer, arguments.output, vocab_size=arguments.vocab_size, shard_tokens=arguments.shard_tokens
         )
     )
+
+
+def bench_mixers_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.bench import mixers
+
+    mixers.run(
+        arguments.output, ops=arguments.ops, forms=arguments.forms, lengths=arguments.lengths, dtype=arguments.dtype,
+        shape=mixers.Shape(arguments.B, arguments.H, arguments.K, arguments.V), rounds=arguments.rounds,
+        budget=arguments.budget, quick=arguments.quick,
+    )  # fmt: skip
+
+
+def bench_tasks_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.bench import tasks
+
+    tasks.run(
+        arguments.output, mixers=arguments.mixers, tasks=arguments.tasks, seeds=arguments.seeds, quick=arguments.quick,
+        force=arguments.force, steps=arguments.steps,
+    )  # fmt: skip
 
 
 def parse_sources(text: Sequence[str] | None, sources: Sequence[str] | None) -> list:

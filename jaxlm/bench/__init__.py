@@ -1,0 +1,1 @@
+"""What `jaxlm bench` runs. Every benchmark prints a table, writes JSON and draws its plot."""

@@ -1,0 +1,260 @@
+"""Every op in every form, side by side on this device: time, memory, and how both grow with the sequence.
+
+Times are the medians of rounds in which every form is run once, so that what else the machine does meets all alike; what
+counts is their ratio to the recurrent form (`jax.lax.scan` over tokens) of the same round.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxlm.bench.report import chosen, environment, new_figure, print_table, write_json
+from jaxlm.ops.attention import attention
+from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
+from jaxlm.ops.diagonal import diagonal_recurrence, selective_scan
+from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.schema import UserError
+
+FORMS = ("recurrent", "parallel", "chunked")
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+QUICK_LENGTHS = (512, 2048)
+
+
+class Shape(NamedTuple):
+    """Batch, heads, key and value channels."""
+
+    B: int = 2
+    H: int = 4
+    K: int = 64
+    V: int = 64
+
+
+DEFAULT_SHAPE = Shape()
+
+
+def _arrays(shape: Shape, T: int, dtype, decay: str | None, extra: Sequence[str] = ()) -> dict[str, jax.Array]:
+    """Unit keys, moderate decays, step sizes in (0, 1)."""
+    B, H, K, V = shape
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=(B, T, H, K))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {"q": rng.normal(size=(B, T, H, K)), "k": k, "v": rng.normal(size=(B, T, H, V))}
+    low = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+    if "a" in extra:
+        rate = rng.random((B, T, H, 1))
+        low |= {"a": jnp.asarray(-k, dtype), "b": jnp.asarray(k * rate, dtype)}
+    if "beta" in extra:
+        low["beta"] = jnp.asarray(rng.random((B, T, H)), jnp.float32)
+    if decay:
+        size = (B, T, H) if decay == "scalar" else (B, T, H, K)
+        low["log_decay"] = jnp.asarray(-0.1 * rng.random(size), jnp.float32)
+    return low
+
+
+def _diagonal(shape: Shape, T: int, dtype) -> dict[str, jax.Array]:
+    channels = shape.H * shape.K
+    rng = np.random.default_rng(0)
+    log_a = jnp.asarray(-rng.random((shape.B, T, channels)), jnp.float32)
+    return {"log_a": log_a, "b": jnp.asarray(rng.normal(size=(shape.B, T, channels)), dtype)}
+
+
+def _selective(shape: Shape, T: int, dtype) -> dict[str, jax.Array]:
+    channels, states = shape.H * shape.K, 16
+    rng = np.random.default_rng(0)
+    return {
+        "u": jnp.asarray(rng.normal(size=(shape.B, T, channels)), dtype),
+        "dt": jnp.asarray(0.1 * rng.random((shape.B, T, channels)), jnp.float32),
+        "a": jnp.asarray(-np.tile(np.arange(1.0, states + 1), (channels, 1)), jnp.float32),
+        "b": jnp.asarray(rng.normal(size=(shape.B, T, states)), dtype),
+        "c": jnp.asarray(rng.normal(size=(shape.B, T, states)), dtype),
+    }
+
+
+# name -> (op, (shape, T, dtype) -> its arrays)
+OPS: dict[str, tuple[Callable, Callable]] = {
+    "linear_attention": (linear_attention, partial(_arrays, decay=None)),
+    "linear_attention-scalar": (linear_attention, partial(_arrays, decay="scalar")),
+    "linear_attention-vector": (linear_attention, partial(_arrays, decay="vector")),
+    "delta_rule": (delta_rule, partial(_arrays, decay=None, extra=("beta",))),
+    "delta_rule-scalar": (delta_rule, partial(_arrays, decay="scalar", extra=("beta",))),
+    "delta_rule-vector": (delta_rule, partial(_arrays, decay="vector", extra=("beta",))),
+    "dplr_delta_rule": (dplr_delta_rule, partial(_arrays, decay="vector", extra=("a",))),
+    "diagonal_recurrence": (diagonal_recurrence, _diagonal),
+    "selective_scan": (selective_scan, _selective),
+    "attention": (attention, partial(_arrays, decay=None)),
+}
+
+
+def run(
+    output: Path,
+    *,
+    ops: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    dtype: str = "float32",
+    shape: Shape = DEFAULT_SHAPE,
+    rounds: int = 5,
+    budget: float = 20.0,
+    memory_gib: float | None = None,
+    quick: bool = False,
+) -> dict:
+    """Measure, print the table, write OUTPUT/mixers.json and draw OUTPUT/mixers.png.
+
+    Args:
+      output: directory.
+      ops: of `OPS`; None for all. So with forms and lengths.
+      rounds: runs of each form that the medians are of.
+      budget: seconds that one run of a form may take; longer sequences of it are left out, which the table says.
+      memory_gib: temporary memory that a form may take; None for a third of what this device or machine has.
+      quick: two lengths and three rounds.
+
+    Raises:
+      UserError: for names that are not there or numbers that mean nothing.
+    """
+    names = chosen(ops, OPS, "--ops")
+    forms = chosen(forms, FORMS, "--forms")
+    lengths = sorted(lengths or (QUICK_LENGTHS if quick else LENGTHS))
+    if lengths[0] < 1 or rounds < 1:
+        raise UserError(f"--lengths {lengths[0]} --rounds {rounds}: both must be at least 1")
+    rounds = min(rounds, 3) if quick else rounds
+    memory_gib = memory_gib or _memory_gib() / 3
+    console = Console(stderr=True)
+    rows = []
+    for name in names:
+        slow: dict[tuple[str, str], str] = {}
+        for T in lengths:
+            console.print(f"{name}, T={T}", markup=False, highlight=False)
+            rows += _measure(name, forms, T, jnp.dtype(dtype), shape, rounds, budget, memory_gib, slow)
+    result = {
+        "environment": environment(),
+        "settings": {**shape._asdict(), "dtype": dtype, "rounds": rounds, "budget_seconds": budget},
+        "rows": rows,
+    }
+    write_json(output / "mixers.json", result)
+    print_table(*table(result))
+    console.print(f"wrote {output / 'mixers.json'}" + (f" and {output / 'mixers.png'}" if draw(result, output) else ""))
+    return result
+
+
+def _memory_gib() -> float:
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def _measure(name, forms, T, dtype, shape, rounds, budget, memory_gib, slow) -> list[dict]:
+    op, make = OPS[name]
+    arrays = make(shape, T, dtype)
+    size = sum(x.nbytes for x in arrays.values())
+    rows, runs = {}, {}
+    for form in forms:
+        rows[form] = row = {"op": name, "form": form, "T": T, "input_bytes": size}
+        for kind in ("forward", "both"):
+            if (form, kind) in slow:
+                row[f"{kind}_skipped"] = slow[form, kind]
+                continue
+            scores = 4 * shape.B * shape.H * T * T
+            if form == "parallel" and scores > memory_gib * 2**30:
+                row[f"{kind}_skipped"] = slow[form, kind] = f"scores of more than {memory_gib:.1f} GiB"
+                continue
+            compiled = _compile(op, form, kind, arrays)
+            temporary = compiled.memory_analysis().temp_size_in_bytes
+            row[f"{kind}_temp_bytes"] = temporary
+            if temporary > memory_gib * 2**30:
+                row[f"{kind}_skipped"] = slow[form, kind] = f"{temporary / 2**30:.1f} GiB of temporary memory"
+                continue
+            seconds = _time(compiled, arrays)
+            if seconds > budget:
+                row[f"{kind}_skipped"] = slow[form, kind] = f"{seconds:.0f} s a run"
+            runs[form, kind] = compiled
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, compiled in runs.items():
+            if f"{key[1]}_skipped" not in rows[key[0]]:
+                times[key].append(_time(compiled, arrays))
+    for (form, kind), measured in times.items():
+        if not measured:
+            continue
+        rows[form][f"{kind}_ms"] = 1e3 * statistics.median(measured)
+        baseline = times.get(("recurrent", kind))
+        if baseline:
+            rows[form][f"{kind}_speedup"] = statistics.median(b / m for b, m in zip(baseline, measured, strict=True))
+    return list(rows.values())
+
+
+def _compile(op: Callable, form: str, kind: str, arrays: dict[str, jax.Array]):
+    def forward(arrays):
+        return op(**arrays, form=form)[0]
+
+    def both(arrays):
+        # A cotangent that depends on the output, as a loss makes it.
+        return jax.grad(lambda arrays: jnp.sum(jnp.sin(forward(arrays).astype(jnp.float32))))(arrays)
+
+    return jax.jit(forward if kind == "forward" else both).lower(arrays).compile()
+
+
+def _time(compiled, arrays) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(arrays))
+    return time.perf_counter() - start
+
+
+def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows."""
+    where, settings = result["environment"], result["settings"]
+    title = (
+        f"{where['devices']}, jax {where['jax']}, {settings['dtype']}, "
+        + ", ".join(f"{n}={settings[n]}" for n in ("B", "H", "K", "V"))
+        + "; speed-up over the recurrent form of the same run; temporary memory of forward+backward over the inputs"
+    )
+
+    def cell(row: dict, name: str, pattern: str) -> str:
+        return pattern.format(row[name]) if name in row else "-"
+
+    rows = []
+    for row in result["rows"]:
+        kept = row["both_temp_bytes"] / row["input_bytes"] if "both_temp_bytes" in row else None
+        rows.append([
+            row["op"], row["form"], str(row["T"]),
+            cell(row, "forward_ms", "{:.1f}"), cell(row, "forward_speedup", "{:.2f}x"),
+            row.get("both_skipped") or cell(row, "both_ms", "{:.1f}"), cell(row, "both_speedup", "{:.2f}x"),
+            "-" if kept is None else f"{kept:.1f}x",
+        ])  # fmt: skip
+    return title, ["op", "form", "T", "forward ms", "", "forward+backward ms", "", "memory"], rows
+
+
+def draw(result: dict, output: Path) -> bool:
+    """Time and memory of forward and backward against T, both logarithmic; False without matplotlib."""
+    names = list(dict.fromkeys(row["op"] for row in result["rows"]))
+    made = new_figure(2, len(names), (3.2 * len(names), 6.4))
+    if made is None:
+        return False
+    figure, axes = made
+    for column, name in enumerate(names):
+        for number, form in enumerate(FORMS):
+            rows = [row for row in result["rows"] if row["op"] == name and row["form"] == form]
+            for axis, field, scale in ((axes[0, column], "both_ms", 1.0), (axes[1, column], "both_temp_bytes", 2.0**-20)):
+                points = [(row["T"], row[field] * scale) for row in rows if field in row]
+                axis.set_xscale("log", base=2)
+                axis.set_yscale("log")
+                if points:
+                    axis.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=form)
+        axes[0, column].set_title(name, fontsize=9)
+        axes[1, column].set_xlabel("T")
+    axes[0, 0].set_ylabel("forward + backward, ms")
+    axes[1, 0].set_ylabel("temporary memory, MiB")
+    axes[0, 0].legend(frameon=False)
+    figure.savefig(output / "mixers.png", dpi=130)
+    return True

@@ -1,0 +1,107 @@
+"""The benchmarks at their smallest: what they measure is not asserted, that they measure and keep it is."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxlm.bench import mixers, report, tasks
+from jaxlm.schema import UserError
+
+
+def test_mixers_compares_forms_of_one_run(tmp_path, capsys):
+    ops = ["linear_attention-scalar", "attention"]
+    shape = mixers.Shape(B=1, H=2, K=8, V=8)
+    # The scores of attention at the larger length exceed the memory allowed.
+    result = mixers.run(tmp_path, ops=ops, lengths=[64, 512], shape=shape, rounds=2, memory_gib=1e-3)
+    assert json.loads((tmp_path / "mixers.json").read_text()) == result
+    rows = {(row["op"], row["form"], row["T"]): row for row in result["rows"]}
+    assert len(rows) == 2 * 3 * 2
+    small = rows["linear_attention-scalar", "chunked", 64]
+    assert small["input_bytes"] == 64 * 2 * (3 * 8 + 1) * 4
+    baseline = rows["linear_attention-scalar", "recurrent", 64]
+    assert baseline["both_speedup"] == 1
+    # A median of ratios lies between the extremes of two rounds.
+    assert 0.1 < small["both_speedup"] / (baseline["both_ms"] / small["both_ms"]) < 10
+    skipped = rows["attention", "parallel", 512]
+    assert "both_ms" not in skipped
+    assert "GiB" in skipped["both_skipped"]
+    assert "chunked" in capsys.readouterr().out
+    assert result["environment"]["devices"].startswith("8 x")
+
+
+def test_unknown_names_are_answered_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match="--ops: 'delta_rul' is not there; did you mean 'delta_rule'"):
+        mixers.run(tmp_path, ops=["delta_rul"])
+    with pytest.raises(UserError, match="--tasks: 'parrity' is not there; did you mean 'parity'"):
+        tasks.run(tmp_path, tasks=["parrity"])
+    with pytest.raises(UserError, match="--seeds 0"):
+        tasks.run(tmp_path, seeds=0)
+    (tmp_path / "tasks.json").write_text("{")
+    with pytest.raises(UserError, match="is not a result of a benchmark"):
+        tasks.run(tmp_path, mixers=["gla"], tasks=["parity"])
+
+
+SCALE = tasks.Scale(width=16, depth=1, batch=16, steps=60, learning_rate=1e-2, test_examples=32, pool=64)
+
+
+def test_tasks_trains_tests_keeps_and_goes_on(tmp_path, monkeypatch, capsys):
+    # One token says it all: after a few steps every mixer knows the next.
+    echo = tasks.Task(lambda rng, n, size: identity(rng, n, size), 4, (4, 8), (8, 16), 0.25)
+    monkeypatch.setitem(tasks.TASKS, "echo", echo)
+    result = tasks.run(tmp_path, mixers=["gla"], tasks=["echo"], scale=SCALE)
+    [cell] = result["cells"]
+    assert set(cell["accuracy"]) == {"8", "16"}
+    assert cell["accuracy"]["8"] == 1.0
+    assert json.loads((tmp_path / "tasks.json").read_text()) == result
+    assert "100/" in capsys.readouterr().out
+
+    trained = []
+    train = tasks.train_cell
+    monkeypatch.setattr(tasks, "train_cell", lambda *args: (trained.append(args[0]), train(*args))[1])
+    again = tasks.run(tmp_path, mixers=["gla", "linear"], tasks=["echo"], scale=SCALE)
+    assert trained == ["linear"]
+    assert again["cells"][0] == cell
+    tasks.run(tmp_path, mixers=["gla"], tasks=["echo"], scale=SCALE, force=True)
+    assert trained == ["linear", "gla"]
+
+
+def identity(rng, count, size):
+    tokens = rng.integers(4, size=(count, size))
+    return tasks.Examples(tokens, tokens, np.ones_like(tokens, bool))
+
+
+def test_accuracy_counts_asked_positions_and_accepted_answers():
+    tokens = np.zeros((2, 3), int)
+    targets, mask = np.array([[1, 2, 3], [1, 2, 3]]), np.array([[True, True, False], [False, True, True]])
+    accepted = np.zeros((2, 3, 4), bool)
+    accepted[..., 2] = True
+    scale = SCALE._replace(test_examples=2, batch=1)
+    answer = lambda tokens: np.full(tokens.shape, 2)  # noqa: E731
+    task = tasks.Task(lambda *_: tasks.Examples(tokens, targets, mask), 4, (3, 3), (3,), 0.25)
+    assert tasks.accuracy(answer, task, "x", 3, scale) == 2 / 4
+    task = task._replace(generate=lambda *_: tasks.Examples(tokens, targets, mask, accepted))
+    assert tasks.accuracy(answer, task, "x", 3, scale) == 1.0
+
+
+def test_every_mixer_that_stands_alone_has_a_model():
+    names = tasks.mixer_names()
+    assert {"attention", "gla", "deltanet-negative"} <= set(names)
+    assert not {"gmu", "cross_attention"} & set(names)
+    for name in names:
+        assert tasks.model_settings(name, 20, tasks.QUICK).width == 64
+
+
+def test_json_is_written_whole(tmp_path):
+    report.write_json(tmp_path / "deep" / "x.json", {"a": 1})
+    assert report.read_json(tmp_path / "deep" / "x.json") == {"a": 1}
+    assert report.read_json(tmp_path / "none.json") is None
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.json"]
+
+
+def test_command_line_names_the_benchmarks():
+    done = subprocess.run([sys.executable, "-m", "jaxlm.cli", "bench", "--help"], capture_output=True, text=True, check=True)
+    assert "mixers" in done.stdout
+    assert "tasks" in done.stdout
