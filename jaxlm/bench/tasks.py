@@ -77,8 +77,7 @@ class Scale(NamedTuple):
 QUICK = Scale(width=64, depth=2, batch=64, steps=600, learning_rate=3e-3, test_examples=256, pool=4096)
 FULL = Scale(width=128, depth=2, batch=256, steps=6000, learning_rate=2e-3, test_examples=1024, pool=65_536)
 
-# Sizes of a mini-batch come from this many values between the smallest and the largest, so that few programs are compiled.
-SIZES = 3
+SIZES = 4  # that training examples have, from a quarter of the largest
 STEPS_A_CALL = 50
 
 
@@ -162,20 +161,28 @@ def _rng(*key) -> np.random.Generator:
 
 
 class _Batches:
-    """Training batches [steps, batch, T], one size a call, from pools drawn once: no GPU waits for Python."""
+    """Training batches [steps, batch, T] from a pool drawn once: no GPU waits for Python.
+
+    Half of the pool has the largest size and the rest smaller ones, from which state tracking is learnt first; all are
+    padded to one length, so that one program is compiled.
+    """
 
     def __init__(self, task: Task, task_name: str, seed: int, scale: Scale):
         smallest, largest = task.train
-        self.sizes = sorted({round(s) for s in np.linspace(max(smallest, largest / 4), largest, SIZES)})
-        self.pools = {s: task.generate(_rng("train", task_name, seed, s), scale.pool, s)[:3] for s in self.sizes}
+        sizes = sorted({round(s) for s in np.linspace(max(smallest, largest / 4), largest, SIZES)})
+        counts = [scale.pool // (2 * max(1, len(sizes) - 1))] * (len(sizes) - 1)
+        counts.append(scale.pool - sum(counts))
+        parts = [task.generate(_rng("train", task_name, seed, s), n, s)[:3] for s, n in zip(sizes, counts, strict=True)]
+        length = max(tokens.shape[1] for tokens, _, _ in parts)
+        self.pool = [
+            np.concatenate([np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in arrays]).astype(dtype)
+            for arrays, dtype in zip(zip(*parts, strict=True), (np.int32, np.int32, np.float32), strict=True)
+        ]
         self.rng, self.scale = _rng("order", task_name, seed), scale
 
     def __call__(self, steps: int) -> tuple:
-        # The longest half of the time: there is most to learn from it.
-        size = self.sizes[-1] if self.rng.random() < 0.5 else self.sizes[self.rng.integers(len(self.sizes))]
         rows = self.rng.integers(self.scale.pool, size=(steps, self.scale.batch))
-        tokens, targets, mask = (x[rows] for x in self.pools[size])
-        return tokens.astype(np.int32), targets.astype(np.int32), mask.astype(np.float32)
+        return tuple(x[rows] for x in self.pool)
 
 
 def run(

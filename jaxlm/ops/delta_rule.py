@@ -27,21 +27,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.ops.forms import choose
-from jaxlm.ops.linear_attention import (
-    _assemble,
-    _decay_products,
-    _from_chunks,
-    _halves,
-    _join,
-    _matmul,
-    _scalar_weights,
-    _take_apart,
-    _to_chunks,
+from jaxlm.ops.chunks import (
+    assemble,
+    check_inputs,
+    decay_products,
+    from_chunks,
+    halves,
+    join,
     over_groups,
     over_shards,
+    product,
+    scalar_weights,
+    take_apart,
+    to_chunks,
 )
-from jaxlm.ops.segments import check_segment_ids, resets
+from jaxlm.ops.forms import choose
+from jaxlm.ops.segments import check_log_decay, check_segment_ids, resets
 from jaxlm.parallel import sequence
 
 # How shards carry a state whose transition is a matrix [K, K].
@@ -77,7 +78,7 @@ def delta_rule(
       beta: [B, T, H], how much of the old value goes and of the new one comes; or [B, T, H, K], the erase gate e of
         S_t = S' + k_t^T (w_t v_t - (e_t k_t) S'), then with `write`, w (GDN-2).
       log_decay: natural logarithm of the decay, <= 0: None for none, [B, T, H] for one a head, [B, T, H, K] for one a
-        key channel. Positive values are not checked for, and make the state grow.
+        key channel. Positive values make the state grow; they are an error where values are known, outside jit.
       write: [B, T, H, V], with an erase gate alone.
       scale, initial_state, segment_ids: as in `linear_attention`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
@@ -90,7 +91,7 @@ def delta_rule(
     Raises:
       ValueError: on shapes that do not fit, a chunk_size that is not a power of two, or an unknown form.
     """
-    _check(q, {"k": k}, v, log_decay, initial_state, chunk_size)
+    check_inputs(q, {"k": k}, v, log_decay, initial_state, chunk_size)
     if beta.shape not in (q.shape[:3], q.shape):
         raise ValueError(f"beta must be [B, T, H] = {q.shape[:3]} or [B, T, H, K] = {q.shape}, got {beta.shape}")
     if (beta.ndim == 4) != (write is not None):
@@ -101,6 +102,7 @@ def delta_rule(
     if write is not None and write.shape != v.shape:
         raise ValueError(f"write must be [B, T, H, V] = {v.shape} as v, got {write.shape}")
     check_segment_ids(segment_ids, q.shape[:2])
+    check_log_decay(log_decay)
     precise, state = _precision(initial_state, (*q.shape[::2], v.shape[-1]), q, k, v, beta, log_decay, write)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     beta = beta.astype(precise).reshape(*q.shape[:3], -1)
@@ -142,7 +144,7 @@ def dplr_delta_rule(
       k, v: keys and values.
       a: reads what is to be replaced.
       b: where its replacement goes.
-      log_decay: natural logarithm of the decay, <= 0, one a key channel. Positive values are not checked for.
+      log_decay: natural logarithm of the decay, <= 0, one a key channel.
       scale, initial_state, segment_ids, form, chunk_size: as in `delta_rule`; RWKV-7's scale is 1.
 
     Returns:
@@ -151,11 +153,12 @@ def dplr_delta_rule(
     Raises:
       ValueError: on shapes that do not fit, a chunk_size that is not a power of two, or an unknown form.
     """
-    _check(q, {"k": k, "a": a, "b": b}, v, None, initial_state, chunk_size)
+    check_inputs(q, {"k": k, "a": a, "b": b}, v, None, initial_state, chunk_size)
     if log_decay is None or log_decay.shape != q.shape:
         got = None if log_decay is None else log_decay.shape
         raise ValueError(f"log_decay must be [B, T, H, K] = {q.shape}, got {got}")
     check_segment_ids(segment_ids, q.shape[:2])
+    check_log_decay(log_decay)
     precise, state = _precision(initial_state, (*q.shape[::2], v.shape[-1]), q, k, v, a, b, log_decay)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     reset = None if segment_ids is None else resets(segment_ids)
@@ -167,25 +170,6 @@ def dplr_delta_rule(
     form = choose("dplr_delta_rule", form, T=q.shape[1], dtype=jnp.result_type(q, k, v, a, b)).form
     o, final_state = _run_dplr(scale, form, chunk_size, inputs, reset, state)
     return o.astype(v.dtype), final_state
-
-
-def _check(q, keys: dict, v, log_decay, initial_state, chunk_size: int) -> None:
-    if q.ndim != 4 or q.shape[1] < 1:
-        raise ValueError(f"q must be [B, T, H, K] with at least one token, got {q.shape}")
-    for name, x in keys.items():
-        if x.shape != q.shape:
-            raise ValueError(f"{name} must have the shape of q, {q.shape}, got {x.shape}; repeat grouped keys over their heads")
-    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
-        raise ValueError(f"v must be [B, T, H, V] with B, T, H = {q.shape[:3]} as in q, got {v.shape}")
-    if log_decay is not None and log_decay.shape not in (q.shape[:3], q.shape):
-        raise ValueError(
-            f"log_decay must be [B, T, H] = {q.shape[:3]} or [B, T, H, K] = {q.shape}, got {log_decay.shape}"
-        )
-    state = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    if initial_state is not None and initial_state.shape != state:
-        raise ValueError(f"initial_state must be [B, H, K, V] = {state}, got {initial_state.shape}")
-    if chunk_size < 1 or chunk_size & (chunk_size - 1):
-        raise ValueError(f"chunk_size must be a power of two, got {chunk_size}; the default is 64")
 
 
 def _precision(state, shape, *arrays):
@@ -211,7 +195,7 @@ def _run(scale, form: str, chunk_size: int, inputs, reset: Bool[Array, "B T"] | 
     chunks = _in_chunks(form, chunk_size, (q, k, v, beta, write, _with_resets(log_decay, reset, q, state.dtype)))
     run = _chunked if form == "chunked" else _forward
     o, final_state = run(scale, *chunks, state)
-    return _from_chunks(o, q.shape[1]), final_state
+    return from_chunks(o, q.shape[1]), final_state
 
 
 def _transition(chunk_size: int, inputs, reset: Bool[Array, "B T"] | None) -> Float[Array, "B H K K"]:
@@ -221,7 +205,7 @@ def _transition(chunk_size: int, inputs, reset: Bool[Array, "B T"] | None) -> Fl
     nothing = jnp.zeros((*q.shape[:3], 1), precise)
     g = _with_resets(log_decay, reset, q, precise)
     k, nothing, beta, g = _in_chunks("chunked", chunk_size, (k, nothing, beta, g))
-    matmul = partial(_matmul, operand=jnp.result_type(q, inputs[1], v), precise=precise)
+    matmul = partial(product, operand=jnp.result_type(q, inputs[1], v), precise=precise)
     decay = _Decay(g, k, precise)
     w, u, _, _ = _written(k, beta * k, nothing, decay, matmul)
     identity = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=precise), (*k.shape[1:3], k.shape[-1], k.shape[-1]))
@@ -237,7 +221,7 @@ def _with_resets(log_decay, reset, q, precise):
 
 def _in_chunks(form: str, chunk_size: int, arrays):
     size = _size(form, arrays[0].shape[1], chunk_size)
-    return [None if x is None else _to_chunks(x, size) for x in arrays]
+    return [None if x is None else to_chunks(x, size) for x in arrays]
 
 
 def _over_tokens(step, state, tokens):
@@ -285,10 +269,10 @@ class _Decay:
         self.levels = None
         self.before = self.after = self.total = jnp.ones((like.shape[0], 1, 1, 1, 1), precise)
         if g is not None:
-            self.before, self.after, self.levels = _decay_products(g)
+            self.before, self.after, self.levels = decay_products(g)
             self.total = jnp.swapaxes(self.before[..., -1:, :], -1, -2)
         if self.scalar:
-            self.weights = _scalar_weights(self.levels, g[..., 0])
+            self.weights = scalar_weights(self.levels, g[..., 0])
 
     def _mask(self, scores, strict):
         if self.scalar:
@@ -302,27 +286,27 @@ class _Decay:
             return self._mask(matmul("nbhik,nbhjk->nbhij", x, y), strict)
         own = jnp.sum(x.astype(self.before.dtype) * y.astype(self.before.dtype), axis=-1)
         blocks = [matmul("nbhmik,nbhmjk->nbhmij", *self._pair(x, y, *level)) for level in self.levels]
-        return _assemble(jnp.zeros_like(own) if strict else own, blocks)
+        return assemble(jnp.zeros_like(own) if strict else own, blocks)
 
     def pullback(self, x, y, d, matmul, *, strict: bool = False):
         if self.levels is None or self.scalar:
             d = self._mask(d, strict)
             return matmul("nbhij,nbhjk->nbhik", d, y), matmul("nbhij,nbhik->nbhjk", d, x)
-        d_own, d_blocks = _take_apart(d)
+        d_own, d_blocks = take_apart(d)
         d_own = jnp.zeros_like(d_own[..., None]) if strict else d_own[..., None]
         dx, dy = d_own * y, d_own * x
         for (before, after), d_block in zip(self.levels, d_blocks, strict=True):
             right, left = self._pair(x, y, before, after)
             d_right = before * matmul("nbhmij,nbhmjk->nbhmik", d_block, left)
             d_left = after * matmul("nbhmij,nbhmik->nbhmjk", d_block, right)
-            dx = dx + _join(jnp.zeros_like(d_right), d_right)
-            dy = dy + _join(d_left, jnp.zeros_like(d_left))
+            dx = dx + join(jnp.zeros_like(d_right), d_right)
+            dy = dy + join(d_left, jnp.zeros_like(d_left))
         return dx, dy
 
     @staticmethod
     def _pair(x, y, before, after):
         s = before.shape[-2]
-        return _halves(x, s)[1] * before, _halves(y, s)[0] * after
+        return halves(x, s)[1] * before, halves(y, s)[0] * after
 
     def gradient(self, g, flow, left):
         """dg of the flow per token (row operands times their gradients less column operands times theirs), and of `left`,
@@ -341,7 +325,7 @@ def unit_triangular_inverse(a: Float[Array, "*b C C"]) -> Float[Array, "*b C C"]
     """
     matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     tiles = jnp.ones((*a.shape[:-1], 1, 1), a.dtype)
-    for block in _take_apart(a)[1]:
+    for block in take_apart(a)[1]:
         left, right = tiles[..., 0::2, :, :], tiles[..., 1::2, :, :]
         lower = -matmul(right, matmul(block, left))
         upper = jnp.concatenate([left, jnp.zeros_like(lower)], axis=-1)
@@ -371,7 +355,7 @@ def _states(keys, w, u, total, state, matmul):
 
 def _forward(scale, q, k, v, beta, write, g, state):
     """Outputs and final state; the parallel form is this with a single chunk, under plain autodiff."""
-    matmul = partial(_matmul, operand=jnp.result_type(q, k, v), precise=state.dtype)
+    matmul = partial(product, operand=jnp.result_type(q, k, v), precise=state.dtype)
     decay = _Decay(g, k, state.dtype)
     w, u, _, _ = _written(k, beta * k, (beta if write is None else write) * v, decay, matmul)
     entering, written, final_state = _states(k * decay.after, w, u, decay.total, state, matmul)
@@ -385,7 +369,7 @@ def _backward(scale, inputs, cotangents):
     products within, and dg as a reverse cumulative sum. The inverse T has dA = -T^T dT T^T."""
     q, k, v, beta, write, g, state = inputs
     do, d_final = cotangents
-    matmul = partial(_matmul, operand=jnp.result_type(q, k, v), precise=state.dtype)
+    matmul = partial(product, operand=jnp.result_type(q, k, v), precise=state.dtype)
     decay = _Decay(g, k, state.dtype)
     x, values = beta * k, (beta if write is None else write) * v
     w, u, inverse, reads = _written(k, x, values, decay, matmul)
@@ -450,7 +434,7 @@ def _run_dplr(scale, form: str, chunk_size: int, inputs, reset: Bool[Array, "B T
     chunks = _in_chunks(form, chunk_size, (q, k, v, a, b, _with_resets(log_decay, reset, q, state.dtype)))
     run = _chunked_dplr if form == "chunked" else _forward_dplr
     o, final_state = run(scale, *chunks, state)
-    return _from_chunks(o, q.shape[1]), final_state
+    return from_chunks(o, q.shape[1]), final_state
 
 
 def _transition_dplr(chunk_size: int, inputs, reset: Bool[Array, "B T"] | None) -> Float[Array, "B H K K"]:
@@ -461,7 +445,7 @@ def _transition_dplr(chunk_size: int, inputs, reset: Bool[Array, "B T"] | None) 
         a = jnp.where(reset[..., None, None], 0, a)
     arrays = (k, jnp.zeros((*q.shape[:3], 1), precise), a, b, _with_resets(log_decay, reset, q, precise))
     k, nothing, a, b, g = _in_chunks("chunked", chunk_size, arrays)
-    matmul = partial(_matmul, operand=jnp.result_type(*inputs[:5]), precise=precise)
+    matmul = partial(product, operand=jnp.result_type(*inputs[:5]), precise=precise)
     decay = _Decay(g, k, precise)
     w, u, _, _, _, _ = _written_dplr(k, nothing, a, b, decay, matmul)
     identity = jnp.broadcast_to(jnp.eye(k.shape[-1], dtype=precise), (*k.shape[1:3], k.shape[-1], k.shape[-1]))
@@ -518,7 +502,7 @@ def _states_dplr(keys, w, u, writes, total, state, matmul):
 
 
 def _forward_dplr(scale, q, k, v, a, b, g, state):
-    matmul = partial(_matmul, operand=jnp.result_type(q, k, v, a, b), precise=state.dtype)
+    matmul = partial(product, operand=jnp.result_type(q, k, v, a, b), precise=state.dtype)
     decay = _Decay(g, k, state.dtype)
     w, u, *_ = _written_dplr(k, v, a, b, decay, matmul)
     writes = matmul("nbhck,nbhcv->nbhkv", k * decay.after, v)
@@ -531,7 +515,7 @@ def _forward_dplr(scale, q, k, v, a, b, g, state):
 def _backward_dplr(scale, inputs, cotangents):
     q, k, v, a, b, g, state = inputs
     do, d_final = cotangents
-    matmul = partial(_matmul, operand=jnp.result_type(q, k, v, a, b), precise=state.dtype)
+    matmul = partial(product, operand=jnp.result_type(q, k, v, a, b), precise=state.dtype)
     decay = _Decay(g, k, state.dtype)
     w, u, inverse, reads, before, from_values = _written_dplr(k, v, a, b, decay, matmul)
     keys, erasers, queries = k * decay.after, b * decay.after, q * (scale * decay.before)

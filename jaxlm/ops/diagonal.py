@@ -28,8 +28,11 @@ from jax import lax
 from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxlm.ops.forms import choose
-from jaxlm.ops.segments import check_segment_ids, resets
+from jaxlm.ops.segments import check_log_decay, check_segment_ids, resets
 from jaxlm.parallel import sequence
+
+# Backends of XLA that compute with complex numbers.
+COMPLEX_PLATFORMS = ("cpu", "gpu", "cuda", "rocm", "tpu")
 
 Number = Float[Array, "..."] | Complex[Array, "..."]
 
@@ -53,7 +56,7 @@ def diagonal_recurrence(
 
     Args:
       log_a: natural logarithm of the factor, of real part <= 0: [B, T, *D] as b, or [*D] if it is the same at all times.
-        Larger values are not checked for, and make the state grow.
+        Larger values make the state grow; they are an error where values are known, outside jit.
       b: what is added at every token, [B, T, *D], of any number of channel axes.
       initial_state: [B, *D], the h that token 0 continues; None for zeros.
       segment_ids: h is zeroed between two tokens whose ids differ, so that each document of a packed row gets what it
@@ -77,6 +80,13 @@ def diagonal_recurrence(
     for name, x in (("log_a", log_a), ("initial_state", initial_state)):
         if x is not None and jnp.iscomplexobj(x) and not jnp.iscomplexobj(b):
             raise ValueError(f"{name} is complex and b is {b.dtype}; make b complex, h is")
+    check_log_decay(log_a)
+    platform = jax.default_backend()
+    if jnp.iscomplexobj(b) and platform not in COMPLEX_PLATFORMS:
+        raise ValueError(
+            f"b is {b.dtype}, but {platform} has no complex numbers; use diagonal_ssm, which carries pairs of reals, or a "
+            f"device of {', '.join(COMPLEX_PLATFORMS)}"
+        )
     reset = _resets(segment_ids, b.shape[:2], chunk_size)
     if form in ("auto", "chunked") and sequence.split(b.shape[1]):
         channels = ("heads", *(None,) * (b.ndim - 3)) if b.ndim > 2 else ()

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.ops.chunks import decay_products, halves, join, product, take_apart, vector_scores
 from jaxlm.ops.forms import choose
-from jaxlm.ops.linear_attention import _decay_products, _halves, _join, _matmul, _take_apart, _vector_scores
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets
 
 NORM_EPS = 1e-6
@@ -232,7 +232,7 @@ def _check_shapes(vectors: dict, weights: Weights, state: FastState | None, fres
 
 
 def _matmul_for(tokens: _Tokens, start: Weights) -> Callable:
-    return partial(_matmul, operand=jnp.result_type(tokens.q, tokens.k, tokens.v), precise=_precise(start))
+    return partial(product, operand=jnp.result_type(tokens.q, tokens.k, tokens.v), precise=_precise(start))
 
 
 def ttt_linear(
@@ -535,13 +535,13 @@ def _updates(matmul, after, rate, k, hidden, d_in, d_out) -> Weights:
 
 
 def _products(tokens: _Tokens, active, decay):
-    """beta of each token; and its decays within the window: before, after, levels of `_decay_products`."""
+    """beta of each token; and its decays within the window: before, after, levels of `decay_products`."""
     g = jnp.where(active[:, None, :, None], tokens.gates[0], 0)
     if tokens.reset is None:
-        before, after, levels = _decay_products(g[None])
+        before, after, levels = decay_products(g[None])
         return decay[:, :, None] * before[0], before[0], after[0], levels
     reset = jnp.broadcast_to(tokens.reset[:, None, :, None], g.shape)
-    before, after, levels = _decay_products(jnp.where(reset, -jnp.inf, g)[None])
+    before, after, levels = decay_products(jnp.where(reset, -jnp.inf, g)[None])
 
     def join(x, y):
         return jnp.where(y[1], y[0], x[0] * y[0]), x[1] | y[1]
@@ -559,7 +559,7 @@ def _miras_chunk(norm, primal, gradients, start, change, decay, tokens, active):
     hidden, d_in, d_out = gradients(matmul, weights, k, v, gates)
 
     # Layer by layer x W_t: through the chunk's start, through the updates that entered, through those of the window.
-    scores = _vector_scores(1.0, q[None], (-rate * k)[None], levels, partial(matmul))[0]
+    scores = vector_scores(1.0, q[None], (-rate * k)[None], levels, partial(matmul))[0]
     z = matmul("bhcd,bhde->bhce", q * beta, weights["w_in"]) + matmul("bhcd,bhde->bhce", q * before, change["w_in"])
     read = jax.nn.gelu(z + matmul("bhcs,bhse->bhce", scores, d_in))
     scores = matmul("bhce,bhse->bhcs", read, hidden)
@@ -575,12 +575,12 @@ def _miras_chunk(norm, primal, gradients, start, change, decay, tokens, active):
 
 def _gated_sum(matmul, scores, values, levels):
     """sum_{j<=i} scores_ij (prod_{j<l<=i} a_l) values_j with decays a channel of the values."""
-    own, blocks = _take_apart(scores)
+    own, blocks = take_apart(scores)
     total = own[..., None] * values
     for (ahead, behind), block in zip(levels, blocks, strict=True):
-        left = _halves(values, ahead.shape[-2])[0]
+        left = halves(values, ahead.shape[-2])[0]
         right = ahead[0] * matmul("bhmij,bhmjd->bhmid", block, behind[0] * left)
-        total = total + _join(jnp.zeros_like(right), right)
+        total = total + join(jnp.zeros_like(right), right)
     return total
 
 

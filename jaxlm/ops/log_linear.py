@@ -22,14 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxlm.ops.chunks import decays, from_chunks, product, scalar_weights, to_chunks
 from jaxlm.ops.forms import choose
-from jaxlm.ops.linear_attention import (
-    _decays,
-    _from_chunks,
-    _matmul,
-    _scalar_weights,
-    _to_chunks,
-)
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets
 
 
@@ -119,14 +113,14 @@ def log_linear_attention(
     positions = jnp.broadcast_to(positions_in_runs(reset, state.position, length), (batch, length))
     # Padding repeats the last position, so that the state left behind is that after the last token.
     positions = jnp.pad(positions, ((0, 0), (0, -length % size)), mode="edge").reshape(batch, -1, size).swapaxes(0, 1)
-    chunks = [_to_chunks(x, size) for x in (q, k, v, log_decay[..., None], level_scales)]
+    chunks = [to_chunks(x, size) for x in (q, k, v, log_decay[..., None], level_scales)]
     body = partial(_chunk, scale)
     if chunks[0].shape[0] == 1:
         state, o = body(state, jax.tree.map(lambda x: x[0], (*chunks, positions)))
         o = o[None]
     else:
         state, o = lax.scan(jax.checkpoint(body), state, (*chunks, positions))
-    return _from_chunks(o, length).astype(v.dtype), state
+    return from_chunks(o, length).astype(v.dtype), state
 
 
 def _check(q, k, v, log_decay, level_scales, state, chunk_size: int) -> None:
@@ -201,8 +195,8 @@ def _chunk(scale, state: LogLinearState, chunk):
     q, k, v, g, scales, positions = chunk
     digits, position = state
     last = scales.shape[-1] - 1
-    matmul = partial(_matmul, operand=jnp.result_type(q, k, v), precise=digits.dtype)
-    before, after, total, tree = (jax.tree.map(lambda x: x[0], part) for part in _decays(g[None], q[None], digits.dtype))
+    matmul = partial(product, operand=jnp.result_type(q, k, v), precise=digits.dtype)
+    before, after, total, tree = (jax.tree.map(lambda x: x[0], part) for part in decays(g[None], q[None], digits.dtype))
 
     def scale_of(level):
         """level_scales_i[level_ij] [B, H, C, X] for levels [B, C, X]: selects and sums, which TPUs prefer to gathers."""
@@ -216,7 +210,7 @@ def _chunk(scale, state: LogLinearState, chunk):
     reads = (scale * before) * scale_of(_level(positions[..., None], ends[:, None], last))
     reads = (reads[..., None] * q[..., None, :]).reshape(*q.shape[:3], -1)
     o = matmul("bhcx,bhxv->bhcv", reads, digits.reshape(*digits.shape[:2], -1, digits.shape[-1]))
-    weights = _scalar_weights(tree, g[..., 0]) * scale_of(_level(positions[..., None], positions[:, None], last))
+    weights = scalar_weights(tree, g[..., 0]) * scale_of(_level(positions[..., None], positions[:, None], last))
     o = o + matmul("bhij,bhjv->bhiv", scale * matmul("bhik,bhjk->bhij", q, k) * weights, v)
 
     # Digits that stand for what was written, after the chunk; every token is older than that, so none is -1.

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.ops.linear_attention import GROUPS, linear_attention
+from jaxlm.ops.chunks import GROUPS
+from jaxlm.ops.linear_attention import linear_attention
 
 
 def inputs(seed, B, T, H, K, V, decay, dtype=jnp.float32, decays=(0.0, -1e-7, -0.01, -0.3, -2.0, -20.0, -80.0)):
