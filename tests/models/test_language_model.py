@@ -144,7 +144,15 @@ def call(model, tokens, state=None, segment_ids=None):
 MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "sambay": sambay}
 
 
-@pytest.fixture(scope="module", params=[*MIXERS, *MODELS])
+# One of each kind of state stays in the fast lane; its siblings' mathematics is tested with their layers there.
+SLOW = {
+    "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
+    "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid",
+}  # fmt: skip
+CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def model(request):
     return build(MODELS[request.param]() if request.param in MODELS else settings_for(MIXERS[request.param]))
 

@@ -191,8 +191,9 @@ each_op = pytest.mark.parametrize("name", OPS)
 
 
 def lane(name, form, *rest):
-    """The delta rules' parallel form is the chunked one with a single chunk; what it costs to compile, it rarely tells."""
-    slow = form == "parallel" and name.startswith(("delta,", "dplr"))
+    """The delta rules' parallel form is the chunked one with a single chunk, GDN-2's gates are one more product: what these
+    cost to compile, they rarely tell."""
+    slow = (form == "parallel" and name.startswith(("delta,", "dplr"))) or name == "delta, gates"
     return pytest.param(name, form, *rest, marks=pytest.mark.slow if slow else ())
 
 

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from jaxlm import params
+from jaxlm.layers.ffn import SwiGLUSettings
+from jaxlm.layers.mixers.attention import AttentionSettings
+from jaxlm.layers.mixers.delta import GatedDeltaNetSettings
+from jaxlm.models.language_model import LanguageModel, ModelSettings
 from jaxlm.ops.attention import attention
 from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
@@ -154,6 +160,27 @@ def test_one_document_over_all_shards(case):
     op, arrays, state = OPS[case]()
     run = loss(op, None)
     assert_close(split(run, 8)(arrays, state), jax.jit(run)(arrays, state))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_a_hybrid_of_three_to_one(shards):
+    settings = ModelSettings(
+        vocab_size=32, width=16, depth=4, pattern=("delta", "delta", "delta", "attention"),
+        mixers={
+            "delta": GatedDeltaNetSettings(heads=2, head_dim=4, chunk_size=4), "attention": AttentionSettings(heads=2),
+        },
+        ffn=SwiGLUSettings(hidden=16),
+    )  # fmt: skip
+    graphdef, tree = params.split(LanguageModel(settings, rngs=nnx.Rngs(0)))
+    ids = jax.random.randint(jax.random.key(0), (B, T), 0, 32)
+
+    def loss(tree):
+        logits, _ = nnx.merge(graphdef, tree)(ids, segment_ids=documents())
+        return jnp.mean(jnp.sin(logits)), logits
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    assert_close(split(run, shards)(tree), jax.jit(run)(tree))
 
 
 @pytest.mark.parametrize("case", ["linear_attention-vector", "delta_rule-scalar"])
