@@ -24,6 +24,7 @@ from jaxlm.ops.attention import attention
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence, selective_scan
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.log_linear import levels_for, log_linear_attention
 from jaxlm.schema import UserError
 
 FORMS = ("recurrent", "parallel", "chunked")
@@ -81,6 +82,11 @@ def _selective(shape: Shape, T: int, dtype) -> dict[str, jax.Array]:
     }
 
 
+def _log_linear(shape: Shape, T: int, dtype) -> dict[str, jax.Array]:
+    scales = np.random.default_rng(1).random((shape.B, T, shape.H, levels_for(T)))
+    return _arrays(shape, T, dtype, "scalar") | {"level_scales": jnp.asarray(scales, jnp.float32)}
+
+
 # name -> (op, (shape, T, dtype) -> its arrays)
 OPS: dict[str, tuple[Callable, Callable]] = {
     "linear_attention": (linear_attention, partial(_arrays, decay=None)),
@@ -92,6 +98,7 @@ OPS: dict[str, tuple[Callable, Callable]] = {
     "dplr_delta_rule": (dplr_delta_rule, partial(_arrays, decay="vector", extra=("a",))),
     "diagonal_recurrence": (diagonal_recurrence, _diagonal),
     "selective_scan": (selective_scan, _selective),
+    "log_linear_attention": (log_linear_attention, _log_linear),
     "attention": (attention, partial(_arrays, decay=None)),
 }
 

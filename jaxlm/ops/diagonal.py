@@ -80,7 +80,7 @@ def diagonal_recurrence(
     for name, x in (("log_a", log_a), ("initial_state", initial_state)):
         if x is not None and jnp.iscomplexobj(x) and not jnp.iscomplexobj(b):
             raise ValueError(f"{name} is complex and b is {b.dtype}; make b complex, h is")
-    check_log_decay(log_a)
+    check_log_decay(log_a, "log_a")
     platform = jax.default_backend()
     if jnp.iscomplexobj(b) and platform not in COMPLEX_PLATFORMS:
         raise ValueError(

@@ -27,14 +27,14 @@ def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, i
         )
 
 
-def check_log_decay(log_decay: Float[Array, ...] | None) -> None:
+def check_log_decay(log_decay: Float[Array, ...] | None, name: str = "log_decay") -> None:
     """Raises ValueError for decays that make the state grow, where values are known: outside jit, not while tracing."""
     if log_decay is None or isinstance(log_decay, jax.core.Tracer):
         return
     largest = float(jnp.max(jnp.real(log_decay)))
     if largest > 0:
         raise ValueError(
-            f"log_decay must be <= 0, got {largest:.3g}: it is the logarithm of a factor in [0, 1], such as logsigmoid(gate)"
+            f"{name} must be <= 0, got {largest:.3g}: it is the logarithm of a factor in [0, 1], such as logsigmoid(gate)"
         )
 
 

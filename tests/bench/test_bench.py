@@ -54,9 +54,9 @@ def test_tasks_trains_tests_keeps_and_goes_on(tmp_path, monkeypatch, capsys):
     result = tasks.run(tmp_path, mixers=["gla"], tasks=["echo"], scale=SCALE)
     [cell] = result["cells"]
     assert set(cell["accuracy"]) == {"8", "16"}
-    assert cell["accuracy"]["8"] == 1.0
+    assert cell["accuracy"]["8"] > 0.95
     assert json.loads((tmp_path / "tasks.json").read_text()) == result
-    assert "100/" in capsys.readouterr().out
+    assert "8/16" in capsys.readouterr().out
 
     trained = []
     train = tasks.train_cell

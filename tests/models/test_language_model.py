@@ -229,7 +229,7 @@ def test_stacked_blocks_equal_blocks_called_one_by_one():
     np.testing.assert_allclose(model.norm(h) @ model.readout_kernel(), call(model, x)[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_changes_no_gradient(remat):
     def gradient(settings):
         model = build(settings)

@@ -416,3 +416,15 @@ def test_errors_of_the_state_space_models_name_the_argument(op, change, message)
         arrays.update(dt=zeros(1, 4, 3), a=zeros(3, 5), b=zeros(1, 4, 5), c=zeros(1, 4, 5))
     with pytest.raises(ValueError, match=message):
         op(**{**arrays, **change})
+
+
+def test_complex_numbers_need_a_backend_that_has_them(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "METAL")
+    with pytest.raises(ValueError, match="METAL has no complex numbers; use diagonal_ssm"):
+        diagonal_recurrence(jnp.zeros(3), jnp.zeros((1, 4, 3), jnp.complex64))
+    diagonal_recurrence(jnp.zeros(3), jnp.zeros((1, 4, 3)))
+
+
+def test_growing_factors_are_an_error_where_values_are_known():
+    with pytest.raises(ValueError, match="log_a must be <= 0, got 0.5"):
+        diagonal_recurrence(jnp.full(3, 0.5), jnp.zeros((1, 4, 3)))

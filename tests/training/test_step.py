@@ -29,7 +29,7 @@ def run_steps(config, devices, steps=5):
     return history, state
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("lion", marks=pytest.mark.slow), "muon"])
 def test_eight_devices_equal_one(tmp_path, kind):
     optimizer = {"kind": kind, "learning_rate": 1e-3}
     one, state_one = run_steps(tiny_config(tmp_path, optimizer=optimizer), jax.devices()[:1])
@@ -110,3 +110,18 @@ def test_what_does_not_fit_is_named(tmp_path, sections, words):
     sections = {"mesh": {"data": -1}, **sections}
     with pytest.raises(Exception, match=words):
         prepare(tiny_config(tmp_path, **sections), devices=jax.devices()[:8])
+
+
+def test_auxiliary_losses_train_the_router_and_are_reported_apart(tmp_path):
+    model = {"width": 16, "depth": 1, "pattern": ["mom"], "mixers": {"mom": {"kind": "mom", "heads": 2, "chunk_size": 8}}}
+    losses = []
+    for coefficient in (0.0, 5.0):
+        model["mixers"]["mom"]["balance"] = coefficient
+        metrics, _ = run_steps(tiny_config(tmp_path, model=model), jax.devices()[:1], steps=1)
+        losses.append(metrics)
+    # The balance is at its best, top_k, where all memories get alike.
+    assert losses[0][0]["auxiliary_loss"] == 0
+    assert losses[1][0]["auxiliary_loss"] >= 5.0 * 2 - 1e-3
+    # The loss that is reported is the text's alone, and the same before anything was learnt.
+    assert losses[0][0]["loss"] == pytest.approx(losses[1][0]["loss"], rel=1e-6)
+    assert losses[0][0]["grad_norm"] < losses[1][0]["grad_norm"]
