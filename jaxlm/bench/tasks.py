@@ -234,7 +234,7 @@ def run(
         write_json(path, result)
         scores = ", ".join(f"{size}: {value:.3f}" for size, value in cell["accuracy"].items())
         line = f"[{number + 1}/{len(wanted)}] {task}, {mixer}: loss {cell['loss']:.3f}, {scores} ({cell['seconds']:.0f} s)"
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     print_table(*table(result))
     console.print(f"wrote {path}" + (f" and {output / 'tasks.png'}" if draw(result, output) else ""))
     return result
