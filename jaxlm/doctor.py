@@ -40,6 +40,8 @@ def report(length: int) -> str:
     for op in forms.OPS:
         # Training rows are packed, so they come with segment ids.
         for tokens, use, masked in ((length, "training", True), (1, "decode", False)):
-            choice = forms.choose(op, "auto", T=tokens, dtype=dtype, platform=device.platform, masked=masked)
+            choice = forms.choose(
+                op, "auto", T=tokens, dtype=dtype, platform=device.platform, chip=device.device_kind, masked=masked,
+            )  # fmt: skip
             lines.append(f"  {op}, T={tokens} ({use})  {choice.form}: {choice.reason}")
     return "\n".join(lines)

@@ -176,13 +176,20 @@ def _measure(name, forms, T, dtype, shape, rounds, budget, memory_gib, slow) -> 
             if form == "parallel" and scores > memory_gib * 2**30:
                 row[f"{kind}_skipped"] = slow[form, kind] = f"scores of more than {memory_gib:.1f} GiB"
                 continue
-            compiled = _compile(op, form, kind, arrays)
-            temporary = compiled.memory_analysis().temp_size_in_bytes
-            row[f"{kind}_temp_bytes"] = temporary
-            if temporary > memory_gib * 2**30:
-                row[f"{kind}_skipped"] = slow[form, kind] = f"{temporary / 2**30:.1f} GiB of temporary memory"
+            try:
+                compiled = _compile(op, form, kind, arrays)
+                temporary = compiled.memory_analysis().temp_size_in_bytes
+                row[f"{kind}_temp_bytes"] = temporary
+                if temporary > memory_gib * 2**30:
+                    row[f"{kind}_skipped"] = slow[form, kind] = f"{temporary / 2**30:.1f} GiB of temporary memory"
+                    continue
+                seconds = _time(compiled, arrays)
+            except jax.errors.JaxRuntimeError as error:
+                # Of the run, or of a GPU's compiler, which tries programs out in real memory.
+                if "Out of memory" not in str(error):
+                    raise
+                row[f"{kind}_skipped"] = slow[form, kind] = "out of memory"
                 continue
-            seconds = _time(compiled, arrays)
             if seconds > budget:
                 row[f"{kind}_skipped"] = slow[form, kind] = f"{seconds:.0f} s a run"
             runs[form, kind] = compiled

@@ -7,10 +7,14 @@ function that returns None where the kernel runs and beats the other forms, or e
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.ops import kernels
 
 OPS = {
     "linear_attention": ("recurrent", "parallel", "chunked", "kernel"),
@@ -32,24 +36,52 @@ class Choice:
     reason: str
 
 
-def _cudnn_attention_declines(
-    *, dtype: jnp.dtype, platform: str, head_dim: int | None, value_dim: int | None, masked: bool, cached: bool
-) -> str | None:
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a kernel can run. None where it is not known: then it rules nothing out."""
+
+    T: int
+    dtype: jnp.dtype
+    platform: str
+    chip: str
+    heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    decay: str | None = None
+    masked: bool = False
+    cached: bool = False
+
+
+def _cudnn_attention_declines(call: Call) -> str | None:
     """Limits of cuDNN flash attention as `jax.nn.dot_product_attention` offers it."""
-    if platform not in ("gpu", "cuda"):
-        return f"cuDNN attention needs an NVIDIA GPU, this is {platform}"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cuDNN attention needs bfloat16 or float16, not {dtype.name}"
-    if cached:
+    if call.platform not in ("gpu", "cuda"):
+        return f"cuDNN attention needs an NVIDIA GPU, this is {call.platform}"
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN attention needs bfloat16 or float16, not {call.dtype.name}"
+    if call.cached:
         return "cuDNN attention does not read a cache"
-    if masked:
+    if call.masked:
         return "cuDNN attention does not take segment ids"
-    if head_dim is not None and (head_dim % 8 or head_dim > 128 or value_dim not in (None, head_dim)):
-        return f"cuDNN attention needs K = V <= 128 divisible by 8, not K={head_dim}, V={value_dim}"
+    K, V = call.head_dim, call.value_dim
+    if K is not None and (K % 8 or K > 128 or V not in (None, K)):
+        return f"cuDNN attention needs K = V <= 128 divisible by 8, not K={K}, V={V}"
     return None
 
 
-KERNELS = {"attention": _cudnn_attention_declines}
+def _pallas_declines(op: str, call: Call) -> str | None:
+    module = kernels.module(op, call.platform)
+    if module is None:
+        return f"no Pallas kernel for {call.platform}"
+    return module.declines(
+        H=call.heads, K=call.head_dim, V=call.value_dim, dtype=call.dtype, decay=call.decay, chip=call.chip
+    )  # fmt: skip
+
+
+# op -> what its kernel is, and why it does not run (None where it does).
+KERNELS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
+    "attention": ("cuDNN flash attention", _cudnn_attention_declines),
+    "linear_attention": ("Pallas kernel", partial(_pallas_declines, "linear_attention")),
+}
 
 
 def choose(
@@ -59,10 +91,8 @@ def choose(
     T: int,
     dtype: jax.typing.DTypeLike,
     platform: str | None = None,
-    head_dim: int | None = None,
-    value_dim: int | None = None,
-    masked: bool = False,
-    cached: bool = False,
+    chip: str | None = None,
+    **known,
 ) -> Choice:
     """Resolve `form` of `op` for T tokens of a dtype on a platform.
 
@@ -73,10 +103,10 @@ def choose(
       form: "auto" or one of the op's forms.
       T: tokens in the call.
       dtype: of the operands.
-      platform: "cpu", "gpu" or "tpu"; None for the default backend's.
-      head_dim: K; None where it is not known, then it rules nothing out. So with value_dim, V.
-      masked: segment ids are given.
-      cached: a key/value cache is given (attention).
+      platform: "cpu", "gpu" or "tpu"; None for that of the mesh, else the default backend's.
+      chip: its device kind, likewise.
+      known: fields of `Call`: heads, head_dim (K), value_dim (V), decay ("none", "scalar" or "vector"), masked (segment ids
+        are given), cached (a key/value cache is given).
 
     Raises:
       ValueError: for an op or a form that is not there, with those that are; for form="kernel" where the kernel cannot
@@ -89,12 +119,12 @@ def choose(
     if form not in ("auto", "kernel"):
         return Choice(form, "asked for")
 
-    declined = "no kernel yet"
+    name, declined = "", "no kernel yet"
     if op in KERNELS:
-        declined = KERNELS[op](
-            dtype=jnp.dtype(dtype), platform=platform or jax.default_backend(),
-            head_dim=head_dim, value_dim=value_dim, masked=masked, cached=cached,
-        )  # fmt: skip
+        name, declines = KERNELS[op]
+        here = kernels.target()
+        call = Call(T, jnp.dtype(dtype), platform or here[0], chip or (here[1] if platform in (None, here[0]) else ""), **known)
+        declined = declines(call)
     if form == "kernel":
         if declined:
             raise ValueError(f'form="kernel" of {op} cannot run: {declined}; use form="auto"')
@@ -102,5 +132,5 @@ def choose(
     if T == 1:
         return Choice("recurrent", "one token takes the step")
     if not declined:
-        return Choice("kernel", "cuDNN flash attention")
+        return Choice("kernel", name)
     return Choice("chunked", declined)

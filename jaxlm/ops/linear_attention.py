@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.ops import kernels
 from jaxlm.ops.chunks import (
     check_inputs,
     chunk_states,
@@ -77,14 +78,16 @@ def linear_attention(
       segment_ids: the state is zeroed between two tokens whose ids differ, so that each document of a packed row gets
         what it gets alone. The first run of a row continues `initial_state`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
-        gradient keeps the inputs and a few states, and recomputes one state a chunk) or "auto" (see `forms.choose`).
-      chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk.
+        gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPU; its
+        gradient keeps the inputs and one state a chunk) or "auto" (see `forms.choose`).
+      chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk. The kernel has its own.
 
     Returns:
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit, a chunk_size that is not a power of two, or an unknown form.
+      ValueError: on shapes that do not fit, a chunk_size that is not a power of two, an unknown form, or form="kernel"
+        where the kernel cannot run, with the reason.
     """
     check_inputs(q, {"k": k}, v, log_decay, initial_state, chunk_size)
     batch, length, heads, keys = q.shape
@@ -101,10 +104,14 @@ def linear_attention(
     reset = None if segment_ids is None else resets(segment_ids)
 
     inputs = (q, k, v, log_decay)
-    if form in ("auto", "chunked") and sequence.split(length):
-        o, final_state = over_shards(partial(_run, scale, "chunked", chunk_size), _transition, inputs, reset, initial_state)
+    decay = "none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "vector"
+    form = choose(
+        "linear_attention", form, T=length, dtype=jnp.result_type(q, k, v), heads=heads, head_dim=keys, value_dim=v.shape[-1],
+        decay=decay,
+    ).form  # fmt: skip
+    if form in ("chunked", "kernel") and sequence.split(length):
+        o, final_state = over_shards(partial(_run, scale, form, chunk_size), _transition, inputs, reset, initial_state)
         return o.astype(v.dtype), final_state
-    form = choose("linear_attention", form, T=length, dtype=jnp.result_type(q, k, v)).form
     o, final_state = _run(scale, form, chunk_size, inputs, reset, initial_state)
     return o.astype(v.dtype), final_state
 
@@ -115,6 +122,8 @@ def _run(scale, form: str, chunk_size: int, inputs, reset: Bool[Array, "B T"] | 
     batch, length, heads, _ = q.shape
     if form == "recurrent":
         return _recurrent(scale, q, k, v, log_decay, reset, state)
+    if form == "kernel":
+        return kernels.matrix_recurrence("linear_attention", scale, inputs, reset, state)
     if reset is not None:
         kept = jnp.zeros((batch, length, heads, 1), state.dtype) if log_decay is None else log_decay
         log_decay = jnp.where(reset[..., None, None], -jnp.inf, kept)

@@ -3,11 +3,20 @@ import pytest
 
 from jaxlm.ops import forms
 
+V5E = {"platform": "tpu", "chip": "TPU v5 lite"}
+
 
 @pytest.mark.parametrize(
     ("op", "T", "options", "form", "reason"),
     [
-        ("linear_attention", 256, {}, "chunked", "no kernel yet"),
+        ("dplr_delta_rule", 256, {}, "chunked", "no kernel yet"),
+        ("linear_attention", 256, {}, "chunked", "no Pallas kernel for cpu"),
+        ("linear_attention", 256, V5E, "kernel", "Pallas"),
+        ("linear_attention", 256, V5E | {"head_dim": 96}, "chunked", "K=96"),
+        ("linear_attention", 256, V5E | {"value_dim": 32}, "chunked", "V=32"),
+        ("linear_attention", 256, V5E | {"dtype": jnp.float16}, "chunked", "float16"),
+        ("linear_attention", 256, V5E | {"heads": 9, "head_dim": 64, "value_dim": 64}, "chunked", "H=9"),
+        ("linear_attention", 256, V5E | {"chip": "TPU v3"}, "chunked", "TPU v3"),
         ("linear_attention", 1, {}, "recurrent", "one token"),
         ("attention", 1, {"platform": "gpu", "head_dim": 64}, "recurrent", "one token"),
         ("attention", 256, {"platform": "cpu"}, "chunked", "needs an NVIDIA GPU, this is cpu"),
@@ -37,5 +46,5 @@ def test_errors_name_what_is_there():
         forms.choose("convolution", "auto", T=1, dtype=jnp.float32)
     with pytest.raises(ValueError, match="choose auto or one of recurrent, parallel, chunked, kernel"):
         forms.choose("attention", "flash", T=1, dtype=jnp.float32)
-    with pytest.raises(ValueError, match="cannot run: no kernel yet"):
+    with pytest.raises(ValueError, match="cannot run: no Pallas kernel for cpu"):
         forms.choose("linear_attention", "kernel", T=8, dtype=jnp.float32)

@@ -1,0 +1,126 @@
+"""Pallas kernels as the ops call them: for the chip at hand, differentiable, under a mesh.
+
+A kernel sees the arrays of one device, since no partitioner can split it: under a mesh it runs inside `shard_map` over batch
+and heads, with the gradient defined outside. Where tokens are split too, `jaxlm.parallel.sequence` has done that already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from functools import partial
+from types import ModuleType
+
+import jax
+
+from jaxlm.parallel import sequence
+from jaxlm.parallel.context import active
+
+# (op, platform) -> the module with its kernels; see the signatures there.
+MODULES = {
+    ("linear_attention", "tpu"): "pallas_kernels.linear_attention.tpu",
+}
+
+_INTERPRETED: ContextVar[tuple[str, str] | None] = ContextVar("jaxlm_interpreted", default=None)
+
+
+@contextlib.contextmanager
+def interpreted(platform: str, device_kind: str) -> Iterator[None]:
+    """Within this context kernels run as if for that chip, by Pallas' interpreter: slowly, and on any machine."""
+    token = _INTERPRETED.set((platform, device_kind))
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+def target() -> tuple[str, str]:
+    """Platform ("cpu", "gpu", "tpu") and device kind that computations are traced for: the mesh's, else the default ones."""
+    pretended = _INTERPRETED.get()
+    if pretended is not None:
+        return pretended
+    current = active()
+    device = jax.devices()[0] if current is None else current[0].devices.flat[0]
+    return device.platform, device.device_kind
+
+
+def module(op: str, platform: str) -> ModuleType | None:
+    """The kernels of an op for a platform, None where there are none."""
+    name = MODULES.get((op, "gpu" if platform == "cuda" else platform))
+    return None if name is None else importlib.import_module(name)
+
+
+def matrix_recurrence(op: str, scale, inputs: tuple, reset, state):
+    """An op with a state [B, H, K, V] on prepared arrays.
+
+    Args:
+      op: "linear_attention" with inputs q, k, v, log_decay, or "delta_rule" with q, k, v, beta, log_decay: all [B, T, H, *],
+        gates float32, log_decay None where there is none.
+      scale: multiplies q.
+      reset: bool [B, T] or None.
+      state: float32.
+
+    Returns:
+      o [B, T, H, V] and the final state.
+    """
+    return _matrix_recurrence((scale, module(op, target()[0]), _INTERPRETED.get() is not None), inputs, reset, state)
+
+
+_TOKENS, _STATE = ("batch", None, "heads", None), ("batch", "heads", None, None)
+_RESET = ("batch", None)
+
+
+def _on_devices(fn, in_axes, out_axes, q, *args):
+    """Call `fn(q, *args)` on every device's rows and heads."""
+    if active() is None:
+        return fn(q, *args)
+    return sequence.shard_map(fn, {"batch": q.shape[0], "heads": q.shape[2]}, in_axes, out_axes, q, *args)
+
+
+def _axes(tree, axes):
+    return jax.tree.map(lambda _: axes, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matrix_recurrence(static, inputs, reset, state):
+    scale, kernels, interpret = static
+
+    def local(q, rest, reset, state):
+        return kernels.forward(scale, q, *rest, reset, state, save=False, interpret=interpret)[:2]
+
+    q, *rest = inputs
+    in_axes = (_TOKENS, _axes(rest, _TOKENS), _axes(reset, _RESET), _STATE)
+    return _on_devices(local, in_axes, (_TOKENS, _STATE), q, rest, reset, state)
+
+
+def _matrix_recurrence_forward(static, inputs, reset, state):
+    scale, kernels, interpret = static
+
+    def local(q, rest, reset, state):
+        return kernels.forward(scale, q, *rest, reset, state, save=True, interpret=interpret)
+
+    q, *rest = inputs
+    in_axes = (_TOKENS, _axes(rest, _TOKENS), _axes(reset, _RESET), _STATE)
+    out_axes = (_TOKENS, _STATE, kernels.SAVED_AXES)
+    o, final_state, saved = _on_devices(local, in_axes, out_axes, q, rest, reset, state)
+    return (o, final_state), (inputs, reset, saved)
+
+
+def _matrix_recurrence_backward(static, residuals, cotangents):
+    scale, kernels, interpret = static
+    inputs, reset, saved = residuals
+    q, *rest = inputs
+
+    def local(q, rest, reset, saved, do, d_final):
+        gradients = kernels.backward(scale, q, *rest, reset, saved, do, d_final, interpret=interpret)
+        return gradients[:-1], gradients[-1]
+
+    in_axes = (_TOKENS, _axes(rest, _TOKENS), _axes(reset, _RESET), kernels.SAVED_AXES, _TOKENS, _STATE)
+    out_axes = (_axes(inputs, _TOKENS), _STATE)
+    d_inputs, d_state = _on_devices(local, in_axes, out_axes, q, rest, reset, saved, *cotangents)
+    return d_inputs, None, d_state
+
+
+_matrix_recurrence.defvjp(_matrix_recurrence_forward, _matrix_recurrence_backward)

@@ -1,0 +1,140 @@
+"""Compile kernels for a chip that is not there, and report what its compiler says.
+
+    python -m pallas_kernels.aot "v5e:2x2" MODULE:FUNCTION '{"T": 4096}'
+
+calls FUNCTION(**arguments), which returns a function of arrays and their shapes, compiles it for the first device of the
+topology, and prints JSON. `report` does so in a process of its own: the TPU compiler reads its settings from the environment
+before jax is imported. Needs libtpu, no TPU.
+
+A kernel's *static cycles* are the instruction bundles of its final schedule times the steps of its grid: one bundle issues
+per cycle at best, and stalls on memory are not in it. They are a count of the compiler's, never a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# The smallest topology of each chip.
+TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+_UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
+
+
+def report(chip: str, target: str, arguments: dict[str, Any], timeout: float = 600) -> dict[str, Any]:
+    """What the TPU compiler makes of the kernels of a function.
+
+    Args:
+      chip: a key of `TOPOLOGIES`, or a topology such as "v6e:4x4".
+      target: "module:function"; called with the arguments, returns (function, its arguments as `jax.ShapeDtypeStruct`).
+
+    Returns:
+      device_kind, and for every kernel in order: name, grid, bundles (of one step), static_cycles, use (share of each
+      unit's slots over the schedule), fills and spills (register loads from and stores to memory), vmem_bytes, operand_bytes
+      (operands and results, each once).
+
+    Raises:
+      RuntimeError: with the compiler's message if it refuses.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags.strip()}
+        command = [sys.executable, "-m", "pallas_kernels.aot", TOPOLOGIES.get(chip, chip), target, json.dumps(arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{target} does not compile for {chip}: {done.stderr[-4000:]}")
+        result = json.loads(done.stdout.splitlines()[-1])
+        for kernel in result["kernels"]:
+            kernel |= schedule(Path(folder), kernel["name"])
+            kernel["static_cycles"] = kernel["bundles"] * math.prod(kernel["grid"])
+    return result
+
+
+def schedule(folder: Path, kernel: str) -> dict[str, Any]:
+    """Bundles, use of units, fills and spills of a named kernel, from the compiler's dump."""
+
+    def newest(pattern: str) -> str:
+        found = sorted(folder.glob(f"*-{kernel}.*{pattern}*")) or sorted(folder.glob(f"*-{kernel}-*{pattern}*"))
+        if not found:
+            raise RuntimeError(f"the compiler left no {pattern} of a kernel named {kernel}")
+        return found[-1].read_text()
+
+    bundles = int(re.search(r"total scheduled bundles:\s+(\d+)", newest("schedule-analysis_final_bundles"))[1])
+    lines = newest("final_hlo-static-per-bundle-utilization").splitlines()
+    capacity = dict(zip(_UNITS, map(int, lines[2].split()), strict=True))
+    rows = [tuple(map(int, line.split())) for line in lines[4:] if line.strip()]
+    used = {unit: sum(row[i] for row in rows) for i, unit in enumerate(_UNITS)}
+    return {
+        "bundles": bundles,
+        "use": {unit: round(used[unit] / (capacity[unit] * bundles), 3) for unit in _UNITS if unit not in ("FILL", "SPILL")},
+        "fills": used["FILL"],
+        "spills": used["SPILL"],
+    }
+
+
+def compile_for(topology: str, function: Callable, arguments: tuple) -> dict[str, Any]:
+    """Compile for the first device of a topology, in a process with the environment that `report` sets."""
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+
+    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    sharding = SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    described = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("device",), abstract_device=described, axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(function).trace(*placed)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    text = compiled.as_text()
+    kernels = []
+    for name, grid, operands in pallas_calls(traced.jaxpr.jaxpr):
+        memory = re.search(rf'%{name}[.\d]* = .*"used_scoped_memory_configs":\[(.*?)\]', text)
+        sizes = re.findall(r'"size":"?(\d+)', memory[1]) if memory else []
+        kernels.append({"name": name, "grid": grid, "vmem_bytes": sum(map(int, sizes)), "operand_bytes": operands})
+    return {"device_kind": device.device_kind, "kernels": kernels}
+
+
+def pallas_calls(jaxpr) -> Iterator[tuple[str, list[int], int]]:
+    """Name, grid and bytes of operands and results of every Pallas kernel in a jaxpr, in order."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            sizes = [v.aval.size * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars)]
+            name = equation.params.get("name") or equation.params["name_and_src_info"].name
+            yield name, [int(n) for n in equation.params["grid_mapping"].grid], sum(sizes)
+            continue
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, ClosedJaxpr | Jaxpr):
+                    yield from pallas_calls(getattr(inner, "jaxpr", inner))
+
+
+def main() -> None:
+    import jax
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    topology, target, arguments = sys.argv[1:]
+    module, function = target.split(":")
+    print(json.dumps(compile_for(topology, *getattr(importlib.import_module(module), function)(**json.loads(arguments)))))
+
+
+if __name__ == "__main__":
+    main()

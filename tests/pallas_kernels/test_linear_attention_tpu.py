@@ -1,0 +1,205 @@
+"""TPU kernels of linear attention: by the interpreter against the recurrent form, and by the compiler for every chip."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlm.ops import kernels
+from jaxlm.ops.linear_attention import _run, linear_attention
+from jaxlm.parallel.context import use_mesh
+from jaxlm.parallel.mesh import make_mesh
+from pallas_kernels import aot
+from pallas_kernels.linear_attention import tpu
+
+DECAYS = np.array([0.0, -1e-7, -0.01, -0.3, -2.0, -20.0, -80.0, -np.inf])
+NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "d state")
+KINDS = ("none", "scalar", "vector")
+# rms of the difference over rms of the reference
+TOLERANCES = {
+    "float32": dict.fromkeys(NAMES, 2e-5),
+    "bfloat16": {"o": 0.005, "final state": 0.005, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dg": 0.02, "d state": 0.01},
+}
+
+
+def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0):
+    """Similar keys, decays from exactly 0 to -80 and -inf in one chunk, resets at token 0 too, a state and cotangents."""
+    rng = np.random.default_rng(seed)
+
+    def similar(width):
+        return (rng.normal(size=(B, 1, H, width)) + 0.3 * rng.normal(size=(B, T, H, width))) / np.sqrt(width)
+
+    low = [jnp.asarray(x, dtype) for x in (similar(K), similar(K), rng.normal(size=(B, T, H, V)))]
+    often = [0.25, 0.1, 0.3, 0.25, 0.04, 0.02, 0.02, 0.02]
+    g = None
+    if kind != "none":
+        g = jnp.asarray(rng.choice(DECAYS, p=often, size=(B, T, H, 1 if kind == "scalar" else K)), jnp.float32)
+    reset = jnp.asarray(rng.random((B, T)) < 0.06).at[0, 0].set(True)
+    state, d_final = (jnp.asarray(rng.normal(size=(B, H, K, V)), jnp.float32) for _ in range(2))
+    return (*low, g), reset, state, jnp.asarray(rng.normal(size=(B, T, H, V)), dtype), d_final
+
+
+def run(inputs, reset, state, do, d_final, **settings):
+    """Outputs and gradients of the kernels."""
+    scale = inputs[0].shape[-1] ** -0.5
+
+    @jax.jit
+    def both(inputs, state, do, d_final):
+        o, final, saved = tpu.forward(scale, *inputs, reset, state, save=True, **settings)
+        return o, final, *tpu.backward(scale, *inputs, reset, saved, do, d_final, **settings)
+
+    return both(inputs, state, do, d_final)
+
+
+def reference(inputs, reset, state, do, d_final):
+    """The same of the recurrent form in float32, on the same values."""
+    inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    scale = inputs[0].shape[-1] ** -0.5
+    (o, final), pull = jax.vjp(lambda inputs, state: _run(scale, "recurrent", 16, inputs, reset, state), inputs, state)
+    d_inputs, d_state = pull((do.astype(jnp.float32), d_final))
+    return o, final, *d_inputs, d_state
+
+
+def assert_close(got, expected, dtype):
+    for name, x, y in zip(NAMES, got, expected, strict=True):
+        if y is None:
+            assert x is None
+            continue
+        assert x.shape == y.shape, name
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        error = np.sqrt(np.mean((x - y) ** 2)) / np.sqrt(np.mean(y**2))
+        assert error < TOLERANCES[dtype][name], (name, error)
+
+
+CASES = [
+    # kind, T, H, K, V, resets
+    ("none", 37, 2, 64, 128, True),
+    ("none", 7, 1, 128, 64, False),
+    ("scalar", 37, 2, 64, 128, True),
+    ("scalar", 7, 1, 128, 64, False),
+    ("vector", 37, 2, 64, 128, True),
+    ("vector", 7, 1, 128, 64, False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_values_and_gradients(case, dtype):
+    *sizes, resets = case
+    inputs, reset, *rest = arrays(*sizes, dtype=dtype)
+    reset = reset if resets else None
+    got = run(inputs, reset, *rest, chunk=16, interpret=True)
+    assert got[0].dtype == inputs[2].dtype
+    assert [x.dtype for x in got[2:5]] == [x.dtype for x in inputs[:3]]
+    assert_close(got, reference(inputs, reset, *rest), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("K", "V"), [(256, 128), (128, 256), (128, 128)])
+def test_whole_chunks_and_wide_heads(kind, K, V):
+    inputs, *rest = arrays(kind, 200, 2, K, V, B=1, dtype="bfloat16")
+    assert_close(run(inputs, *rest, interpret=True), reference(inputs, *rest), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_no_races_and_nothing_uninitialised(kind):
+    """The grid's parallel axes in random order, on memory filled with NaN."""
+    inputs, *rest = arrays(kind, 33, 2, 64, 64)
+    interpret = pltpu.InterpretParams(random_seed=1, detect_races=True, on_race="raise")
+    try:
+        got = run(inputs, *rest, chunk=16, interpret=interpret)
+        assert_close(got, reference(inputs, *rest), "float32")
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_later_tokens_change_no_earlier_bit(kind):
+    inputs, reset, state, *_ = arrays(kind, 40, 2, 64, 64, dtype="bfloat16")
+    other = arrays(kind, 40, 2, 64, 64, dtype="bfloat16", seed=1)[0]
+    forward = jax.jit(partial(tpu.forward, 0.125, save=False, chunk=16, interpret=True))
+    o = forward(*inputs, reset, state)[0]
+    for t in (3, 16, 29):
+        changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), inputs, other)
+        np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
+
+
+def op(form, *, decay, packed=True, T=48):
+    """Outputs and gradients of the op in a form."""
+    q, k, v, g = arrays(decay, T, 4, 64, 64, dtype="float32")[0]
+    g = None if g is None else g[..., 0] if decay == "scalar" else g
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(5, size=(2, T)), axis=1)) if packed else None
+
+    def loss(q, k, v, g):
+        o, state = linear_attention(q, k, v, g, segment_ids=ids, form=form)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state)), o
+
+    arguments = (0, 1, 2) if g is None else (0, 1, 2, 3)
+    return jax.jit(jax.value_and_grad(loss, arguments, has_aux=True))(q, k, v, g)
+
+
+@pytest.mark.parametrize(
+    "mesh", [None, {"data": 2, "tensor": 4}, {"data": 2, "tensor": 2, "sequence": 2}],
+    ids=["one device", "split rows and heads", "split tokens too"],
+)  # fmt: skip
+def test_the_op_calls_the_kernel(mesh, monkeypatch):
+    monkeypatch.setattr(tpu, "CHUNK", 16)
+    expected = op("recurrent", decay="scalar")
+    calls = []
+    forward = tpu.forward
+    monkeypatch.setattr(tpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
+    with kernels.interpreted("tpu", "TPU v5 lite"):
+        if mesh is None:
+            got = op("auto", decay="scalar")
+        else:
+            with use_mesh(make_mesh(mesh)):
+                got = op("auto", decay="scalar")
+    whole = (2, 48, 4, 64)
+    ways = mesh or {}
+    local = (2 // ways.get("data", 1), 48 // ways.get("sequence", 1), 4 // ways.get("tensor", 1), 64)
+    assert set(calls) == {local if mesh else whole}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), got, expected)
+
+
+def test_form_kernel_says_why_not():
+    with pytest.raises(ValueError, match='form="kernel" of linear_attention cannot run: no Pallas kernel for cpu'):
+        op("kernel", decay="none")
+
+
+def aot_case(direction, kind, B=2, T=4096, H=8, K=128, V=128, dtype="bfloat16", resets=False):
+    """For `pallas_kernels.aot.report`."""
+    shape, tokens = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype)), (B, T, H)
+    g = None if kind == "none" else jax.ShapeDtypeStruct((*tokens, 1 if kind == "scalar" else K), jnp.float32)
+    inputs = (shape((*tokens, K)), shape((*tokens, K)), shape((*tokens, V)), g)
+    reset = jax.ShapeDtypeStruct((B, T), jnp.bool_) if resets else None
+    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
+    if direction == "forward":
+        return partial(tpu.forward, 0.1, save=True), (*inputs, reset, state)
+    saved = (shape((B, T // tpu.CHUNK, H, V, K)), state)
+    return partial(tpu.backward, 0.1), (*inputs, reset, saved, shape((*tokens, V)), state)
+
+
+# Static cycles a token and head on v5e, forward and backward, that a change must not exceed; measured a tenth below.
+CYCLES = {"none": (3.0, 5.5), "scalar": (4.0, 6.2), "vector": (7.5, 13.0)}
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra tpu")
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiles_for(chip, kind, direction):
+    target = f"{__name__}:aot_case"
+    report = aot.report(chip, target, {"direction": direction, "kind": kind})
+    [kernel] = report["kernels"]
+    assert kernel["name"] == f"linear_attention_{direction}"
+    if chip == "v5e":
+        cycles = kernel["static_cycles"] / (2 * 4096 * 8)
+        assert cycles < CYCLES[kind][direction == "backward"], cycles
+    for change in ({"resets": True}, {"K": 256, "V": 64, "dtype": "float32", "T": 512}, {"K": 64, "V": 256, "T": 512}):
+        aot.report(chip, target, {"direction": direction, "kind": kind} | change)
