@@ -142,6 +142,19 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds a run may take (default %(default)s)")
 
     sub = bench(
+        "kernels", bench_kernels_command, "what the TPU compiler makes of the Pallas kernels, chip by chip (extra: tpu)",
+        "Compile every TPU kernel for each chip on this machine (libtpu, no TPU) and count what its schedule issues: static\n"
+        "cycles, use of the units, spills, memory, bytes, beside the floor of bytes and matrix products; writes kernels.json\n"
+        "and draws kernels.png (extra: plot).",
+    )  # fmt: skip
+    sub.add_argument("--kernels", type=names, metavar="A,B", help="such as linear_attention-vector (default: all)")
+    sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x (default: all; with --quick v5e)")
+    for letter, what, value in (
+        ("B", "rows", 2), ("T", "tokens", 4096), ("H", "heads", 8), ("K", "key channels", 128), ("V", "value channels", 128),
+    ):  # fmt: skip
+        sub.add_argument(f"-{letter}", type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
+
+    sub = bench(
         "tasks", bench_tasks_command, "what small models of each mixer can recall and track",
         "Train a small model of every mixer on every diagnostic task and test it beyond the trained size; writes tasks.json\n"
         "after every model, so that a stopped run goes on, prints a table and draws tasks.png (extra: plot).",
@@ -300,6 +313,15 @@ def bench_tasks_command(arguments: argparse.Namespace) -> None:
         arguments.output, mixers=arguments.mixers, tasks=arguments.tasks, seeds=arguments.seeds, quick=arguments.quick,
         force=arguments.force, steps=arguments.steps,
     )  # fmt: skip
+
+
+def bench_kernels_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.bench import kernels
+    from pallas_kernels.cases import Shape
+
+    shape = Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.V)
+    chips = arguments.chips or (["v5e"] if arguments.quick else None)
+    kernels.run(arguments.output, names=arguments.kernels, chips=chips, shape=shape)
 
 
 def parse_sources(text: Sequence[str] | None, sources: Sequence[str] | None) -> list:

@@ -108,7 +108,98 @@ def compile_for(topology: str, function: Callable, arguments: tuple) -> dict[str
         memory = re.search(rf'%{name}[.\d]* = .*"used_scoped_memory_configs":\[(.*?)\]', text)
         sizes = re.findall(r'"size":"?(\d+)', memory[1]) if memory else []
         kernels.append({"name": name, "grid": grid, "vmem_bytes": sum(map(int, sizes)), "operand_bytes": operands})
-    return {"device_kind": device.device_kind, "kernels": kernels}
+    memory = compiled.memory_analysis()
+    return {
+        "device_kind": device.device_kind,
+        "kernels": kernels,
+        "hbm_bytes": hbm_bytes(text),
+        "peak_bytes": memory.peak_memory_in_bytes,
+    }
+
+
+_BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s8": 1, "u8": 1, "pred": 1, "f64": 8}
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*)([^}]*)\})?")
+_FREE = ("tuple", "get-tuple-element", "parameter", "bitcast", "constant", "while", "conditional", "after-all", "iota")
+
+
+def _sizes(shapes: str, everywhere: bool = False) -> list[int]:
+    """Bytes of the arrays of an HLO shape, padded to their tiles; 0 for those in the chip's own memory unless `everywhere`."""
+    sizes = []
+    for kind, dims, order, layout in _ARRAY.findall(shapes):
+        if kind not in _BYTES:
+            continue
+        dims = [int(n) for n in dims.split(",") if n]
+        tile = re.search(r"T\(([\d,]+)\)", layout)
+        if tile and order:
+            tile, order = [int(n) for n in tile[1].split(",")], [int(n) for n in order.split(",")]
+            for axis, length in zip(order, reversed(tile), strict=False):
+                dims[axis] = -(-dims[axis] // length) * length
+        sizes.append(_BYTES[kind] * math.prod(dims) if everywhere or "S(" not in layout else 0)
+    return sizes
+
+
+def hbm_bytes(text: str) -> int:
+    """Bytes that a compiled TPU program moves between its memory and the chip: operands and results of every instruction
+    that are not in the chip's own memory, padded to their tiles, bodies of loops as often as they run.
+
+    An instruction that reads or updates a slice of an array is charged for the slice.
+    """
+    computations = _computations(text)
+
+    def size(shapes: str) -> int:
+        return sum(_sizes(shapes))
+
+    def cost(name: str) -> int:
+        total = 0
+        shapes = {result: shape for result, shape, *_ in computations[name]}
+        for _, shape, kind, operands, rest in computations[name]:
+            if kind == "while":
+                body, condition = re.search(r"body=%([\w.-]+)", rest)[1], re.search(r"condition=%([\w.-]+)", rest)[1]
+                total += _trips(computations[condition]) * cost(body)
+            elif kind == "conditional":
+                names = re.findall(r"%([\w.-]+)", rest[rest.index("branch") :])
+                total += max(cost(name) for name in names if name in computations)
+            elif kind in ("copy-start", "slice-start"):
+                # Between the chip's memory and its own: the smaller of source and destination, on one side.
+                total += min(n for n in _sizes(shape, everywhere=True) if n > 4)
+            elif kind not in _FREE and not kind.endswith("-done"):
+                moved = [size(shapes.get(operand, "")) for operand in operands]
+                result = size(shape)
+                if "dynamic-update-slice" in rest or kind == "dynamic-update-slice":
+                    # In place: what is not the array itself goes in.
+                    small = sum(moved) - max(moved, default=0)
+                    total += 2 * small
+                elif "dynamic-slice" in rest or kind == "dynamic-slice":
+                    total += result + sum(min(m, result) for m in moved)
+                else:
+                    total += result + sum(moved)
+        return total
+
+    entry = re.search(r"^ENTRY %([\w.-]+)", text, re.M)[1]
+    return cost(entry)
+
+
+def _computations(text: str) -> dict[str, list[tuple[str, str, str, list[str], str]]]:
+    """Name -> (result, shape, kind, operands, the rest of the line) of every instruction."""
+    found, current = {}, None
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line)
+        if head:
+            current = found.setdefault(head[1], [])
+            continue
+        parts = re.match(r"\s+(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$", re.sub(r"/\*.*?\*/", "", line))
+        if parts and current is not None:
+            operands = re.findall(r"%([\w.-]+)", parts[4].split(")")[0])
+            current.append((parts[1], parts[2], parts[3], operands, parts[4] + f" name={parts[1]}"))
+    return found
+
+
+def _trips(condition: list) -> int:
+    """How often a loop runs, from the constant that its condition compares with."""
+    constants = [int(m[1]) for *_, kind, _, rest in condition if kind == "constant" and (m := re.match(r"(\d+)\)", rest))]
+    if len(constants) != 1:
+        raise RuntimeError(f"cannot tell how often a loop runs: {condition}")
+    return constants[0]
 
 
 def pallas_calls(jaxpr) -> Iterator[tuple[str, list[int], int]]:

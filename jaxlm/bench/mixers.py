@@ -101,6 +101,8 @@ OPS: dict[str, tuple[Callable, Callable]] = {
     "log_linear_attention": (log_linear_attention, _log_linear),
     "attention": (attention, partial(_arrays, decay=None)),
 }
+# Their parallel form is an associative scan.
+WITHOUT_SCORES = (diagonal_recurrence, selective_scan)
 
 
 def run(
@@ -172,7 +174,7 @@ def _measure(name, forms, T, dtype, shape, rounds, budget, memory_gib, slow) -> 
             if (form, kind) in slow:
                 row[f"{kind}_skipped"] = slow[form, kind]
                 continue
-            scores = 4 * shape.B * shape.H * T * T
+            scores = 4 * shape.B * shape.H * T * T if op not in WITHOUT_SCORES else 0
             if form == "parallel" and scores > memory_gib * 2**30:
                 row[f"{kind}_skipped"] = slow[form, kind] = f"scores of more than {memory_gib:.1f} GiB"
                 continue
@@ -252,23 +254,31 @@ def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
 def draw(result: dict, output: Path) -> bool:
     """Time and memory of forward and backward against T, both logarithmic; False without matplotlib."""
     names = list(dict.fromkeys(row["op"] for row in result["rows"]))
-    made = new_figure(2, len(names), (3.2 * len(names), 6.4))
+    columns = min(6, len(names))
+    bands = -(-len(names) // columns)
+    made = new_figure(2 * bands, columns, (3.2 * columns, 5.6 * bands))
     if made is None:
         return False
     figure, axes = made
-    for column, name in enumerate(names):
-        for number, form in enumerate(FORMS):
-            rows = [row for row in result["rows"] if row["op"] == name and row["form"] == form]
-            for axis, field, scale in ((axes[0, column], "both_ms", 1.0), (axes[1, column], "both_temp_bytes", 2.0**-20)):
-                points = [(row["T"], row[field] * scale) for row in rows if field in row]
-                axis.set_xscale("log", base=2)
-                axis.set_yscale("log")
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for place, name in enumerate(names):
+        band, column = divmod(place, columns)
+        above, below = axes[2 * band, column], axes[2 * band + 1, column]
+        for axis, field, scale in ((above, "both_ms", 1.0), (below, "both_temp_bytes", 2.0**-20)):
+            axis.set_visible(True)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            for number, form in enumerate(FORMS):
+                rows = [row for row in result["rows"] if row["op"] == name and row["form"] == form and field in row]
+                points = [(row["T"], row[field] * scale) for row in rows]
                 if points:
                     axis.plot(*zip(*points, strict=True), color=f"C{number}", marker="o", markersize=3, label=form)
-        axes[0, column].set_title(name, fontsize=9)
-        axes[1, column].set_xlabel("T")
-    axes[0, 0].set_ylabel("forward + backward, ms")
-    axes[1, 0].set_ylabel("temporary memory, MiB")
+        above.set_title(name, fontsize=9)
+        below.set_xlabel("T")
+        if column == 0:
+            above.set_ylabel("forward + backward, ms")
+            below.set_ylabel("temporary memory, MiB")
     axes[0, 0].legend(frameon=False)
     figure.savefig(output / "mixers.png", dpi=130)
     return True

@@ -99,9 +99,10 @@ def train_cell(mixer: str, task_name: str, seed: int, scale: Scale, *, test: boo
       parameters; seconds.
     """
     task = TASKS[task_name]
+    total = round(task.effort * scale.steps)
     settings = model_settings(mixer, task.vocab, scale)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: LanguageModel(settings, rngs=nnx.Rngs(0))))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, scale.learning_rate, scale.steps // 20 + 1, scale.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, scale.learning_rate, total // 20 + 1, total)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
     def loss(params, tokens, targets, mask):
@@ -125,13 +126,13 @@ def train_cell(mixer: str, task_name: str, seed: int, scale: Scale, *, test: boo
     draw = _Batches(task, task_name, seed, scale)
     params = init_params(settings, seed)
     opt_state = optimizer.init(params)
-    for done in range(0, scale.steps, STEPS_A_CALL):
-        batches = draw(min(STEPS_A_CALL, scale.steps - done))
+    for done in range(0, total, STEPS_A_CALL):
+        batches = draw(min(STEPS_A_CALL, total - done))
         params, opt_state, value = steps(params, opt_state, batches)
     result = {
         "loss": float(value),
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "steps": scale.steps,
+        "steps": total,
     }
     if test:
         predict = jax.jit(lambda params, tokens: jnp.argmax(nnx.merge(graphdef, params)(tokens)[0], axis=-1))
@@ -291,11 +292,11 @@ def draw(result: dict, output: Path) -> bool:
             if (mixer, task) in scores:
                 values = list(scores[mixer, task].values())
                 axis.plot([values[0], values[-1]], [row, row], color="0.7", linewidth=1, zorder=1)
-                axis.scatter(values[0], row, color="C0", s=26, zorder=2, label=f"size {first} (trained)" if not row else None)
-                axis.scatter(values[-1], row, color="C1", s=26, zorder=2, label=f"size {last}" if not row else None)
+                axis.scatter(values[0], row, color="C0", s=26, zorder=2)
+                axis.scatter(values[-1], row, color="C1", s=26, zorder=2)
         axis.axvline(TASKS[task].chance, color="0.5", linestyle=":", linewidth=1)
-        axis.set(title=task, xlim=(-0.03, 1.03), yticks=range(len(mixers)), yticklabels=mixers)
+        axis.set_title(f"{task}\n{first} (blue, trained), {last} (orange)", fontsize=9)
+        axis.set(xlim=(-0.03, 1.03), yticks=range(len(mixers)), yticklabels=mixers)
         axis.invert_yaxis()
-        axis.legend(frameon=False, fontsize=7, loc="lower left")
     figure.savefig(output / "tasks.png", dpi=120)
     return True

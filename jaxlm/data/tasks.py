@@ -37,6 +37,7 @@ class Task(NamedTuple):
     train: smallest and largest size in training.
     test: sizes to test on; the first is within training, the others beyond it.
     chance: accuracy of guessing among the answers that the task allows.
+    effort: training steps it needs, relative to the others.
     """
 
     generate: Callable[[np.random.Generator, int, int], Examples]
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     train: tuple[int, int]
     test: tuple[int, ...]
     chance: float
+    effort: float = 1.0
 
 
 def running_parity(rng: np.random.Generator, count: int, size: int) -> Examples:
@@ -314,7 +316,8 @@ TASKS = {
     "s5": Task(_with(word_problem, n=5), 120, (1, 24), (24, 64, 128), 1 / 120),
     "copying": Task(copying, 17, (1, 24), (24, 48), 1 / 16),
     "selective_copying": Task(selective_copying, 18, (32, 32), (32, 64), 1 / 16),
-    "mqar": Task(mqar, 256, (8, 8), (8, 16), 1 / 128),
+    # Attention finds recall late, and then at once.
+    "mqar": Task(_with(mqar, vocab=64), 64, (8, 8), (8, 16), 1 / 32, effort=2.5),
     "k_hop": Task(k_hop, 9, (48, 48), (48, 96), 0.25),
     "in_context_language": Task(in_context_language, 19, (128, 128), (128, 256), 1 / 18),
     "addition_plain": Task(_with(addition, style="plain"), len(_CHARACTERS) + 1, (3, 3), (3, 4), 0.1),

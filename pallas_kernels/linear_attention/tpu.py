@@ -12,7 +12,7 @@ Backward: the same grid in reverse order with the cotangents of the states in VM
 entering state once and writes dq, dk, dv and, for a decay, the flow q dq - k dk, whose reverse sum over the chunk plus what
 the leaving state and its cotangent have in common is dg.
 
-Scalar decays: cumulative sums over chunks are made outside (4 bytes a token and head) and weights are exp(b_i - b_j).
+Scalar decays: cumulative sums over chunks are made outside (a row of 4 bytes a token and head) and weights are exp(b_i - b_j).
 Vector decays: scores factorise over a binary tree of blocks (as in `jaxlm.ops.linear_attention`): the pair (i, j) parts at
 one block of 2s tokens with i in its right half and j in its left, and the exponents are sums of g from j to the end of the
 left half and from the start of the right half to i, never differences: any decay is safe, and no factor that enters row i
@@ -123,22 +123,12 @@ class _Layout:
     def padded(self, x):
         return jnp.pad(x, ((0, 0), (0, self.chunks * self.C - self.T), *[(0, 0)] * (x.ndim - 2)))
 
-    def columns(self, x):
-        """[B, T', H]: a column [C, 1] of every head."""
-        x = x.reshape(*x.shape[:2], -1, self.n).transpose(0, 2, 1, 3)
-        return x, self.column_spec()
-
-    def column_spec(self):
-        return pl.BlockSpec((1, 1, self.C, self.n), lambda b, g, t: (b, g, self.at(t), 0))
-
     def rows(self, x):
-        """[B, T', H]: a row [1, C] of every head."""
-        x = x.reshape(self.B, self.chunks, self.C, -1, self.n).transpose(0, 3, 1, 4, 2)
-        return x, pl.BlockSpec((1, 1, 1, self.n, self.C), lambda b, g, t: (b, g, self.at(t), 0, 0))
+        """[B, T', H]: a row [1, C] of every head. Columns would fill a lane of 128."""
+        return x.reshape(self.B, self.chunks, self.C, -1, self.n).transpose(0, 3, 1, 4, 2), self.row_spec()
 
-    def shared_column(self, x):
-        """[B, T']: one column [C, 1] for all heads."""
-        return x[..., None], pl.BlockSpec((1, self.C, 1), lambda b, g, t: (b, self.at(t), 0))
+    def row_spec(self):
+        return pl.BlockSpec((1, 1, 1, self.n, self.C), lambda b, g, t: (b, g, self.at(t), 0, 0))
 
     def shared_row(self, x):
         """[B, N, 1, C]: one row [1, C] for all heads."""
@@ -177,20 +167,20 @@ def _prepared(layout: _Layout, q, k, v, log_decay, reset) -> dict:
     """The inputs that forward and backward have in common."""
     inputs = {"q": layout.tokens(q), "k": layout.tokens(k), "v": layout.tokens(v)}
     if log_decay is not None:
-        g = layout.padded(jnp.maximum(log_decay, FLOOR))
-        if reset is not None:
-            # What a reset drops needs no decay, and sums over it stay small.
-            g = jnp.where(layout.padded(reset)[..., None, None], 0.0, g)
+        g = layout.padded(log_decay)
         if g.shape[-1] == 1:
+            g = jnp.maximum(g, FLOOR)
+            if reset is not None:
+                # What a reset drops needs no decay, and sums over it stay small.
+                g = jnp.where(layout.padded(reset)[..., None, None], 0.0, g)
             sums = jnp.cumsum(g.reshape(layout.B, layout.chunks, layout.C, layout.H), axis=2).reshape(g.shape[:3])
-            inputs |= {"b_column": layout.columns(sums), "b_row": layout.rows(sums)}
+            inputs["b"] = layout.rows(sums)
         else:
             inputs["g"] = layout.tokens(g)
     if reset is not None:
         in_chunks = layout.padded(reset).reshape(layout.B, layout.chunks, layout.C)
         starts = lax.cummax(jnp.where(in_chunks, jnp.arange(layout.C), -1), axis=2)
-        inputs["start_column"] = layout.shared_column(starts.reshape(layout.B, -1))
-        inputs["start_row"] = layout.shared_row(starts[:, :, None])
+        inputs["start"] = layout.shared_row(starts[:, :, None].astype(jnp.float32))
     return inputs
 
 
@@ -264,8 +254,8 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
     if kind == "vector":
         outputs["dg"] = like(log_decay)
     elif kind == "scalar":
-        columns = (layout.B, layout.H // layout.n, padded, layout.n)
-        outputs["flow"] = shape(columns, jnp.float32), layout.column_spec()
+        rows = (layout.B, layout.H // layout.n, layout.chunks, layout.n, layout.C)
+        outputs["flow"] = shape(rows, jnp.float32), layout.row_spec()
     results = _call(
         _backward_step, "linear_attention_backward", layout.grid, inputs, outputs, scratch, interpret,
         scale=scale, n=layout.n,
@@ -274,8 +264,8 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
     if kind == "vector":
         dg = layout.unpadded(results["dg"])
     elif kind == "scalar":
-        flow = results["flow"].transpose(0, 2, 1, 3).reshape(layout.B, layout.chunks, layout.C, layout.H)
-        dg = layout.unpadded(lax.cumsum(flow, axis=2, reverse=True).reshape(layout.B, padded, layout.H))
+        sums = lax.cumsum(results["flow"], axis=4, reverse=True)
+        dg = layout.unpadded(sums.transpose(0, 2, 4, 1, 3).reshape(layout.B, padded, layout.H))
     dq, dk, dv = (layout.unpadded(results[name]) for name in ("dq", "dk", "dv"))
     return dq, dk, dv, dg, jnp.swapaxes(results["d_state"], -1, -2)
 
@@ -288,7 +278,7 @@ def _forward_step(q, k, v, state, o, final, carry, saved=None, *, scale, n, **re
     def _():
         carry[...] = state[0]
 
-    masks = _Masks(q.shape[1], rest.get("start_column"), rest.get("start_row"))
+    masks = _Masks(q.shape[1], rest.get("start"))
     for head in range(n):
         qh, kh, vh = (_head(x, head, n) for x in (q, k, v))
         h = carry[head]
@@ -319,7 +309,7 @@ def _backward_step(
         if left is not None:
             left[...] = common[0, 0]
 
-    masks = _Masks(q.shape[1], rest.get("start_column"), rest.get("start_row"))
+    masks = _Masks(q.shape[1], rest.get("start"))
     for head in range(n):
         qh, kh, vh, doh = (_head(x, head, n) for x in (q, k, v, do))
         h, dh = entering[0, 0, head], carry[head]
@@ -342,9 +332,9 @@ def _backward_step(
             if dg is not None:
                 dg[0, :, pl.ds(head * keys, keys)] = _sum_from(flowed) + before_it
             else:
-                column = jnp.sum(flowed, axis=1, keepdims=True)
-                is_last = _iota(column.shape, 0) == column.shape[0] - 1
-                flow[0, 0, :, head : head + 1] = jnp.where(is_last, column + jnp.sum(before_it), column)
+                row = jnp.sum(flowed, axis=1, keepdims=True).T
+                is_last = _iota(row.shape, 1) == row.shape[1] - 1
+                flow[0, 0, 0, head : head + 1] = jnp.where(is_last, row + jnp.sum(before_it), row)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():
@@ -360,18 +350,19 @@ class _Masks:
     """Which tokens of a chunk see which, for all heads alike. A token's `start` is the index of the newest reset up to it, -1
     before any: equal for tokens of one document."""
 
-    def __init__(self, size: int, start_column=None, start_row=None):
+    def __init__(self, size: int, start=None):
         self.size = size
         i, j = _iota((size, size), 0), _iota((size, size), 1)
         self.causal = self.seen = i >= j
         self.apart = i ^ j
         self.together = self.first = self.last = None
-        if start_column is not None:
-            start = start_column[0]
-            self.together = start == start_row[0, 0]
+        if start is not None:
+            row = start[0, 0]
+            column = row.T
+            self.together = column == row
             self.seen = self.causal & self.together
-            self.first = start < 0  # tokens that read the entering state [C, 1]
-            self.last = start == start[size - 1 :]  # tokens that write the leaving one
+            self.first = column < 0  # tokens that read the entering state [C, 1]
+            self.last = column == column[size - 1 :]  # tokens that write the leaving one
 
     def at_level(self, s: int):
         """Pairs that part at a block of 2s tokens."""
@@ -396,8 +387,9 @@ class _Shared:
     def __init__(self, refs: dict, head: int, masks: _Masks):
         self.masks = masks
         self.weights = self.before = self.after = self.total = None
-        if "b_column" in refs:
-            column, row = refs["b_column"][0, 0, :, head : head + 1], refs["b_row"][0, 0, 0, head : head + 1, :]
+        if "b" in refs:
+            row = refs["b"][0, 0, 0, head : head + 1]
+            column = row.T
             last = column[masks.size - 1 :]
             self.weights = jnp.exp(jnp.where(masks.seen, column - row, -jnp.inf))
             self.before, self.after, self.total = jnp.exp(column), jnp.exp(last - column), jnp.exp(last)
@@ -458,7 +450,8 @@ class _Channels:
         for start in range(0, self.size, 16):
             rows = pl.ds(start, 16)
             q, k = (x[rows].astype(jnp.float32).reshape(2, 8, width) for x in (self.q, self.k))
-            before, after = self.g[rows].reshape(2, 8, width), jnp.zeros((2, 8, width), jnp.float32)
+            before = jnp.maximum(self.g[rows], FLOOR).reshape(2, 8, width)
+            after = jnp.zeros_like(before)
             for slot, s in enumerate(self.NEAR):
                 right = row // s % 2 == 1
                 mixed, sums = jnp.where(right, q, k), jnp.where(right, before, after)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -105,3 +106,23 @@ def test_command_line_names_the_benchmarks():
     done = subprocess.run([sys.executable, "-m", "jaxlm.cli", "bench", "--help"], capture_output=True, text=True, check=True)
     assert "mixers" in done.stdout
     assert "tasks" in done.stdout
+
+
+def test_a_form_without_memory_is_left_out_and_the_rest_measured(tmp_path, monkeypatch):
+    compile_form = mixers._compile
+
+    def compile_or_fail(op, form, kind, arrays):
+        if form == "recurrent":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 16.02GiB")
+        if form == "parallel":
+            raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+        return compile_form(op, form, kind, arrays)
+
+    monkeypatch.setattr(mixers, "_compile", compile_or_fail)
+    settings = {"ops": ["linear_attention"], "lengths": [32], "shape": mixers.Shape(B=1, H=1, K=8, V=8), "rounds": 1}
+    result = mixers.run(tmp_path, forms=["recurrent", "chunked"], **settings)
+    recurrent, chunked = result["rows"]
+    assert recurrent["both_skipped"] == "out of memory"
+    assert chunked["both_ms"] > 0
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        mixers.run(tmp_path, forms=["parallel"], **settings)

@@ -171,18 +171,7 @@ def test_form_kernel_says_why_not():
         op("kernel", decay="none")
 
 
-def aot_case(direction, kind, B=2, T=4096, H=8, K=128, V=128, dtype="bfloat16", resets=False):
-    """For `pallas_kernels.aot.report`."""
-    shape, tokens = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype)), (B, T, H)
-    g = None if kind == "none" else jax.ShapeDtypeStruct((*tokens, 1 if kind == "scalar" else K), jnp.float32)
-    inputs = (shape((*tokens, K)), shape((*tokens, K)), shape((*tokens, V)), g)
-    reset = jax.ShapeDtypeStruct((B, T), jnp.bool_) if resets else None
-    state = jax.ShapeDtypeStruct((B, H, K, V), jnp.float32)
-    if direction == "forward":
-        return partial(tpu.forward, 0.1, save=True), (*inputs, reset, state)
-    saved = (shape((B, T // tpu.CHUNK, H, V, K)), state)
-    return partial(tpu.backward, 0.1), (*inputs, reset, saved, shape((*tokens, V)), state)
-
+CASE = "pallas_kernels.cases:abstract"
 
 # Static cycles a token and head on v5e, forward and backward, that a change must not exceed; measured a tenth below.
 CYCLES = {"none": (3.0, 5.5), "scalar": (4.0, 6.2), "vector": (7.5, 13.0)}
@@ -194,12 +183,12 @@ CYCLES = {"none": (3.0, 5.5), "scalar": (4.0, 6.2), "vector": (7.5, 13.0)}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_compiles_for(chip, kind, direction):
-    target = f"{__name__}:aot_case"
-    report = aot.report(chip, target, {"direction": direction, "kind": kind})
+    case = {"op": "linear_attention", "platform": "tpu", "direction": direction, "decay": kind}
+    report = aot.report(chip, CASE, case)
     [kernel] = report["kernels"]
     assert kernel["name"] == f"linear_attention_{direction}"
     if chip == "v5e":
         cycles = kernel["static_cycles"] / (2 * 4096 * 8)
         assert cycles < CYCLES[kind][direction == "backward"], cycles
     for change in ({"resets": True}, {"K": 256, "V": 64, "dtype": "float32", "T": 512}, {"K": 64, "V": 256, "T": 512}):
-        aot.report(chip, target, {"direction": direction, "kind": kind} | change)
+        aot.report(chip, CASE, case | change)

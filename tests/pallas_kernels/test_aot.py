@@ -1,0 +1,79 @@
+"""What is read from the TPU compiler's output."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from pallas_kernels import aot, cases
+
+PROGRAM = """HloModule m
+
+%body.1 (p.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %p.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p.1), index=1
+  %y.1 = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x.1), kind=kLoop, calls=%f
+  %z.1 = f32[8,128]{1,0:T(8,128)} fusion(%y.1), kind=kLoop, calls=%f
+  ROOT %t.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%i.1, %z.1)
+}
+
+%condition.1 (p.2: (s32[], f32[8,128])) -> pred[] {
+  %p.2 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %c.2 = s32[]{:T(128)} constant(5)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%i.2, %c.2), direction=LT
+}
+
+ENTRY %main.1 (a.1: bf16[4,2]) -> f32[8,128] {
+  %a.1 = bf16[4,2]{1,0:T(8,128)(2,1)} parameter(0)
+  %b.1 = f32[8,128]{1,0:T(8,128)} fusion(%a.1), kind=kLoop, calls=%f
+  %s.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) tuple(%c.1, %b.1)
+  %w.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%s.1), condition=%condition.1, body=%body.1
+  %r.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%w.1), index=1
+  %k.1 = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%r.1)
+  %d.1 = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%k.1)
+  ROOT %o.1 = f32[16,128]{1,0:T(8,128)} dynamic-update-slice(%big, %r.1, %c.1)
+}
+"""
+
+
+def test_bytes_of_a_program_count_loops_and_padding_but_not_the_chips_own_memory():
+    tile = 8 * 128 * 4
+    entry = tile // 2 + tile  # a is padded to a tile of bfloat16
+    loop = 5 * 2 * tile  # x read and z written; y stays on the chip
+    copy = tile
+    update = 0  # its operands but for the largest: none is known to be in memory beside r
+    assert aot.hbm_bytes(PROGRAM) == entry + loop + copy + update
+
+
+def test_kernels_of_a_program_are_found_inside_its_calls():
+    def double(x):
+        kernel = pl.pallas_call(
+            lambda x, o: o.__setitem__(..., 2 * x[...]), grid=(3,), name="double",
+            in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))], out_specs=pl.BlockSpec((8, 128), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((24, 128), jnp.float32),
+        )  # fmt: skip
+        return jax.jit(kernel)(x)
+
+    jaxpr = jax.make_jaxpr(double)(jnp.zeros((24, 128)))
+    assert list(aot.pallas_calls(jaxpr.jaxpr)) == [("double", [3], 2 * 24 * 128 * 4)]
+
+
+def test_least_bytes_and_flops_are_those_of_the_method_sheet():
+    shape = cases.Shape(B=1, T=1, H=1, K=128, V=128)
+    assert cases.least_bytes("linear_attention", "forward", "scalar", shape) == 1028
+    assert cases.least_bytes("linear_attention", "forward", "vector", shape) == 1536
+    assert cases.flops("linear_attention", "forward", shape, 64) == 98_304
+    assert cases.flops("linear_attention", "backward", shape, 64) == 245_760
+    assert cases.flops("delta_rule", "forward", shape, 64) == 98_304 + 81_920 + 2730
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra tpu")
+def test_what_does_not_compile_says_why():
+    with pytest.raises(RuntimeError, match=r"does not compile for v5e(.|\n)*f16"):
+        case = {"op": "linear_attention", "platform": "tpu", "direction": "forward", "decay": "none", "dtype": "float16", "T": 128}
+        aot.report("v5e", "pallas_kernels.cases:abstract", case)
