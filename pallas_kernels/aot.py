@@ -37,30 +37,35 @@ _ENVIRONMENT = {
 _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 
 
-def report(chip: str, target: str, arguments: dict[str, Any], timeout: float = 600) -> dict[str, Any]:
-    """What the TPU compiler makes of the kernels of a function.
+def report(
+    chip: str, target: str, arguments: dict[str, Any], *, schedules: bool = True, timeout: float = 600
+) -> dict[str, Any]:
+    """What the TPU compiler makes of a function and its kernels.
 
     Args:
       chip: a key of `TOPOLOGIES`, or a topology such as "v6e:4x4".
       target: "module:function"; called with the arguments, returns (function, its arguments as `jax.ShapeDtypeStruct`).
+      schedules: also read the schedules of the kernels, for which the compiler writes down all its steps.
 
     Returns:
-      device_kind, and for every kernel in order: name, grid, bundles (of one step), static_cycles, use (share of each
-      unit's slots over the schedule), fills and spills (register loads from and stores to memory), vmem_bytes, operand_bytes
-      (operands and results, each once).
+      device_kind, hbm_bytes (see `hbm_bytes`), peak_bytes; and kernels, for every one in order: name, grid, vmem_bytes,
+      operand_bytes (operands and results, each once) and of its schedule bundles (of one step), static_cycles, use (share of
+      each unit's slots), fills and spills (loads and stores of registers for want of them).
 
     Raises:
       RuntimeError: with the compiler's message if it refuses.
     """
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags = os.environ.get("LIBTPU_INIT_ARGS", "")
+        if schedules:
+            flags += f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags.strip()}
         command = [sys.executable, "-m", "pallas_kernels.aot", TOPOLOGIES.get(chip, chip), target, json.dumps(arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"{target} does not compile for {chip}: {done.stderr[-4000:]}")
         result = json.loads(done.stdout.splitlines()[-1])
-        for kernel in result["kernels"]:
+        for kernel in result["kernels"] if schedules else ():
             kernel |= schedule(Path(folder), kernel["name"])
             kernel["static_cycles"] = kernel["bundles"] * math.prod(kernel["grid"])
     return result

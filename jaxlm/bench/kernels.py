@@ -122,7 +122,7 @@ def _compiled(console: Console, op: str, decay: str, chip: str, shape: cases.Sha
         console.print(f"{op}, {decay}, {direction}, {chip}", markup=False, highlight=False)
         case = {"op": op, "direction": direction, "decay": decay}
         report = aot.report(chip, "pallas_kernels.cases:abstract", case | {"platform": "tpu"} | sizes)
-        plain = aot.report(chip, "jaxlm.bench.kernels:chunked", case | sizes)
+        plain = aot.report(chip, "jaxlm.bench.kernels:chunked", case | sizes, schedules=False)
         found = report["kernels"]
         rows.append(case | {
             "chip": chip,

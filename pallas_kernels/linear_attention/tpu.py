@@ -450,7 +450,7 @@ class _Channels:
         for start in range(0, self.size, 16):
             rows = pl.ds(start, 16)
             q, k = (x[rows].astype(jnp.float32).reshape(2, 8, width) for x in (self.q, self.k))
-            before = jnp.maximum(self.g[rows], FLOOR).reshape(2, 8, width)
+            before = self.g[rows].reshape(2, 8, width)
             after = jnp.zeros_like(before)
             for slot, s in enumerate(self.NEAR):
                 right = row // s % 2 == 1
@@ -502,7 +502,8 @@ class _Channels:
         parts = _dot(_joined([self.z[slot, right] for right in rights]), self.z[slot], NT)
         lane = _iota((s, self.size), 1)
         for m, right in enumerate(rights):
-            mask = (lane >= right.start - s) & (lane < right.start)
+            # To the left of the block's left half stand pairs of later levels, which fill them in after this one.
+            mask = lane < right.start
             rows = pl.ds(self.head * self.size + right.start, s)
             pltpu.store(self.tables.at[rows], parts[m * s : (m + 1) * s], mask=mask)
 
