@@ -167,21 +167,53 @@ def hbm_bytes(text: str) -> int:
             elif kind in ("copy-start", "slice-start"):
                 # Between the chip's memory and its own: the smaller of source and destination, on one side.
                 total += min(n for n in _sizes(shape, everywhere=True) if n > 4)
+            elif kind == "dynamic-update-slice":
+                total += 2 * size(shapes.get(operands[1], ""))
+            elif kind == "dynamic-slice":
+                total += 2 * size(shape)
             elif kind not in _FREE and not kind.endswith("-done"):
-                moved = [size(shapes.get(operand, "")) for operand in operands]
-                result = size(shape)
-                if "dynamic-update-slice" in rest or kind == "dynamic-update-slice":
-                    # In place: what is not the array itself goes in.
-                    small = sum(moved) - max(moved, default=0)
-                    total += 2 * small
-                elif "dynamic-slice" in rest or kind == "dynamic-slice":
-                    total += result + sum(min(m, result) for m in moved)
+                called = re.search(r"calls=%([\w.-]+)", rest)
+                read = [size(shapes.get(operand, "")) for operand in operands]
+                if kind == "fusion" and called and called[1] in computations:
+                    total += _fused(computations, called[1], read, size(shape))
                 else:
-                    total += result + sum(moved)
+                    total += size(shape) + sum(read)
         return total
 
     entry = re.search(r"^ENTRY %([\w.-]+)", text, re.M)[1]
     return cost(entry)
+
+
+def _fused(computations: dict, name: str, read: list[int], written: int) -> int:
+    """Bytes of a fusion whose operands and result have these: where it takes slices or updates one, those alone."""
+    inner = computations[name]
+    sizes = {result: sum(_sizes(shape, everywhere=True)) for result, shape, *_ in inner}
+    read = [min(n, _needed(computations, name, number)) for number, n in enumerate(read)]
+    updates = [operands[1] for _, _, kind, operands, _ in inner if kind == "dynamic-update-slice"]
+    if updates:
+        written = min(written, sum(sizes[update] for update in updates))
+    return written + sum(read)
+
+
+def _needed(computations: dict, name: str, number: int) -> float:
+    """Bytes of its parameter of a number that a fused computation reads: infinity for all of it."""
+    inner = computations[name]
+    sizes = {result: sum(_sizes(shape, everywhere=True)) for result, shape, *_ in inner}
+    parameters = {int(rest.split(")")[0]): result for result, _, kind, _, rest in inner if kind == "parameter"}
+    values, total = [parameters[number]], 0
+    while values:
+        value = values.pop()
+        for user, _, kind, operands, rest in inner:
+            for place in (at for at, operand in enumerate(operands) if operand == value):
+                if kind == "bitcast":
+                    values.append(user)
+                elif kind == "dynamic-slice":
+                    total += sizes[user]
+                elif kind == "fusion":
+                    total += _needed(computations, re.search(r"calls=%([\w.-]+)", rest)[1], place)
+                elif kind != "dynamic-update-slice" or place != 0:
+                    return math.inf
+    return total
 
 
 def _computations(text: str) -> dict[str, list[tuple[str, str, str, list[str], str]]]:

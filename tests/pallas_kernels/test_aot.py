@@ -11,6 +11,24 @@ from pallas_kernels import aot, cases
 
 PROGRAM = """HloModule m
 
+%nested.1 (n.1: f32[40,128]) -> f32[8,128] {
+  %n.1 = f32[40,128]{1,0:T(8,128)} parameter(0)
+  ROOT %n.2 = f32[8,128]{1,0:T(8,128)} dynamic-slice(%n.1, %c, %c), dynamic_slice_sizes={8,128}
+}
+
+%slicing.1 (q.1: f32[40,128], q.2: f32[8,128]) -> f32[8,128] {
+  %q.1 = f32[40,128]{1,0:T(8,128)} parameter(0)
+  %q.2 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %q.3 = f32[8,128]{1,0:T(8,128)} fusion(%q.1), kind=kLoop, calls=%nested.1
+  ROOT %q.4 = f32[8,128]{1,0:T(8,128)} add(%q.2, %q.3)
+}
+
+%updating.1 (u.1: f32[40,128], u.2: f32[8,128]) -> f32[40,128] {
+  %u.1 = f32[40,128]{1,0:T(8,128)} parameter(0)
+  %u.2 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  ROOT %u.3 = f32[40,128]{1,0:T(8,128)} dynamic-update-slice(%u.1, %u.2, %c, %c)
+}
+
 %body.1 (p.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %p.1 = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
@@ -35,7 +53,10 @@ ENTRY %main.1 (a.1: bf16[4,2]) -> f32[8,128] {
   %r.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%w.1), index=1
   %k.1 = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%r.1)
   %d.1 = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%k.1)
-  ROOT %o.1 = f32[16,128]{1,0:T(8,128)} dynamic-update-slice(%big, %r.1, %c.1)
+  %g.1 = f32[40,128]{1,0:T(8,128)} broadcast(%c.1), dimensions={}
+  %h.1 = f32[8,128]{1,0:T(8,128)} fusion(%g.1, %r.1), kind=kLoop, calls=%slicing.1
+  %e.1 = f32[40,128]{1,0:T(8,128)} fusion(%g.1, %h.1), kind=kLoop, calls=%updating.1
+  ROOT %o.1 = f32[40,128]{1,0:T(8,128)} dynamic-update-slice(%e.1, %h.1, %c.1, %c.1)
 }
 """
 
@@ -45,8 +66,10 @@ def test_bytes_of_a_program_count_loops_and_padding_but_not_the_chips_own_memory
     entry = tile // 2 + tile  # a is padded to a tile of bfloat16
     loop = 5 * 2 * tile  # x read and z written; y stays on the chip
     copy = tile
-    update = 0  # its operands but for the largest: none is known to be in memory beside r
-    assert aot.hbm_bytes(PROGRAM) == entry + loop + copy + update
+    broadcast = 5 * tile
+    slicing = 3 * tile  # a slice of g, r, and the result
+    updating = 2 * tile  # h, and where it goes
+    assert aot.hbm_bytes(PROGRAM) == entry + loop + copy + broadcast + slicing + updating + 2 * tile
 
 
 def test_kernels_of_a_program_are_found_inside_its_calls():
