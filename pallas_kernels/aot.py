@@ -171,7 +171,9 @@ def hbm_bytes(text: str) -> int:
                 total += 2 * size(shapes.get(operands[1], ""))
             elif kind == "dynamic-slice":
                 total += 2 * size(shape)
-            elif kind not in _FREE and not kind.endswith("-done"):
+            elif kind.endswith("-start"):
+                total += size(shape)  # the operands are part of it
+            elif kind not in _FREE and not kind.endswith(("-update", "-done")):
                 called = re.search(r"calls=%([\w.-]+)", rest)
                 read = [size(shapes.get(operand, "")) for operand in operands]
                 if kind == "fusion" and called and called[1] in computations:
@@ -189,9 +191,15 @@ def _fused(computations: dict, name: str, read: list[int], written: int) -> int:
     inner = computations[name]
     sizes = {result: sum(_sizes(shape, everywhere=True)) for result, shape, *_ in inner}
     read = [min(n, _needed(computations, name, number)) for number, n in enumerate(read)]
-    updates = [operands[1] for _, _, kind, operands, _ in inner if kind == "dynamic-update-slice"]
+    # In the dtype of the array that is updated: the value may be fused with its conversion.
+    shapes = {result: shape for result, shape, *_ in inner}
+    updates = [
+        sizes[operands[1]] * _BYTES[shape.partition("[")[0]] // _BYTES[shapes[operands[1]].partition("[")[0]]
+        for _, shape, kind, operands, _ in inner
+        if kind == "dynamic-update-slice"
+    ]
     if updates:
-        written = min(written, sum(sizes[update] for update in updates))
+        written = min(written, sum(updates))
     return written + sum(read)
 
 
@@ -209,6 +217,8 @@ def _needed(computations: dict, name: str, number: int) -> float:
                     values.append(user)
                 elif kind == "dynamic-slice":
                     total += sizes[user]
+                elif kind == "fusion" and "output_to_operand_aliasing" in rest:
+                    values.append(user)  # tiled anew, in place
                 elif kind == "fusion":
                     total += _needed(computations, re.search(r"calls=%([\w.-]+)", rest)[1], place)
                 elif kind != "dynamic-update-slice" or place != 0:
