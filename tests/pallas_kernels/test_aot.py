@@ -16,17 +16,24 @@ PROGRAM = """HloModule m
   ROOT %n.2 = f32[8,128]{1,0:T(8,128)} dynamic-slice(%n.1, %c, %c), dynamic_slice_sizes={8,128}
 }
 
+%tiled.1 (t.1: f32[40,128]) -> f32[40,128] {
+  %t.1 = f32[40,128]{1,0:T(8,128)} parameter(0)
+  ROOT %t.2 = f32[40,128]{1,0:T(4,128)} copy(%t.1)
+}
+
 %slicing.1 (q.1: f32[40,128], q.2: f32[8,128]) -> f32[8,128] {
   %q.1 = f32[40,128]{1,0:T(8,128)} parameter(0)
   %q.2 = f32[8,128]{1,0:T(8,128)} parameter(1)
-  %q.3 = f32[8,128]{1,0:T(8,128)} fusion(%q.1), kind=kLoop, calls=%nested.1
+  %q.0 = f32[40,128]{1,0:T(4,128)} fusion(%q.1), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%tiled.1
+  %q.3 = f32[8,128]{1,0:T(8,128)} fusion(%q.0), kind=kLoop, calls=%nested.1
   ROOT %q.4 = f32[8,128]{1,0:T(8,128)} add(%q.2, %q.3)
 }
 
 %updating.1 (u.1: f32[40,128], u.2: f32[8,128]) -> f32[40,128] {
   %u.1 = f32[40,128]{1,0:T(8,128)} parameter(0)
   %u.2 = f32[8,128]{1,0:T(8,128)} parameter(1)
-  ROOT %u.3 = f32[40,128]{1,0:T(8,128)} dynamic-update-slice(%u.1, %u.2, %c, %c)
+  %u.4 = bf16[8,128]{1,0:T(8,128)(2,1)} convert(%u.2)
+  ROOT %u.3 = f32[40,128]{1,0:T(8,128)} dynamic-update-slice(%u.1, %u.4, %c, %c)
 }
 
 %body.1 (p.1: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
@@ -53,6 +60,8 @@ ENTRY %main.1 (a.1: bf16[4,2]) -> f32[8,128] {
   %r.1 = f32[8,128]{1,0:T(8,128)} get-tuple-element(%w.1), index=1
   %k.1 = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%r.1)
   %d.1 = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%k.1)
+  %s.1 = ((f32[8,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) call-start(%r.1)
+  %s.2 = ((f32[8,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) call-update(%s.1)
   %g.1 = f32[40,128]{1,0:T(8,128)} broadcast(%c.1), dimensions={}
   %h.1 = f32[8,128]{1,0:T(8,128)} fusion(%g.1, %r.1), kind=kLoop, calls=%slicing.1
   %e.1 = f32[40,128]{1,0:T(8,128)} fusion(%g.1, %h.1), kind=kLoop, calls=%updating.1
@@ -66,10 +75,11 @@ def test_bytes_of_a_program_count_loops_and_padding_but_not_the_chips_own_memory
     entry = tile // 2 + tile  # a is padded to a tile of bfloat16
     loop = 5 * 2 * tile  # x read and z written; y stays on the chip
     copy = tile
+    call = 2 * tile
     broadcast = 5 * tile
     slicing = 3 * tile  # a slice of g, r, and the result
     updating = 2 * tile  # h, and where it goes
-    assert aot.hbm_bytes(PROGRAM) == entry + loop + copy + broadcast + slicing + updating + 2 * tile
+    assert aot.hbm_bytes(PROGRAM) == entry + loop + copy + call + broadcast + slicing + updating + 2 * tile
 
 
 def test_kernels_of_a_program_are_found_inside_its_calls():
