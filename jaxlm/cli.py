@@ -142,15 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--budget", type=float, default=20.0, metavar="S", help="seconds a run may take (default %(default)s)")
 
     sub = bench(
-        "kernels", bench_kernels_command, "what the TPU compiler makes of the Pallas kernels, chip by chip (extra: tpu)",
-        "Compile every TPU kernel for each chip on this machine (libtpu, no TPU) and count what its schedule issues: static\n"
-        "cycles, use of the units, spills, memory, bytes, beside the floor of bytes and matrix products; writes kernels.json\n"
-        "and draws kernels.png (extra: plot).",
+        "kernels", bench_kernels_command, "Pallas kernels: times on a GPU, else the TPU compiler's schedules (extra: tpu)",
+        "On a GPU: time every kernel that runs there beside the chunked form and the installed peers (jax-linear-attention,\n"
+        "fla-core) from T = 2,048 to 65,536; writes times.json and draws times.png. Elsewhere: compile every TPU kernel for\n"
+        "each chip (libtpu, no TPU needed) and count what its schedule issues: static cycles, use of the units, spills,\n"
+        "memory, bytes, beside the floor of bytes and matrix products; writes kernels.json and draws kernels.png.\n"
+        "Plots need the extra plot.",
     )  # fmt: skip
     sub.add_argument("--kernels", type=names, metavar="A,B", help="such as linear_attention-vector (default: all)")
     sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x (default: all; with --quick v5e)")
+    sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row, in rows of 32,768 in all")
+    sub.add_argument("--recurrent", action="store_true", help="on a GPU: time the recurrent form too")
     for letter, what, value in (
-        ("B", "rows", 2), ("T", "tokens", 4096), ("H", "heads", 8), ("K", "key channels", 128), ("V", "value channels", 128),
+        ("B", "rows, where kernels are compiled", 2), ("T", "tokens, likewise", 4096), ("H", "heads", 8),
+        ("K", "key channels", 128), ("V", "value channels", 128),
     ):  # fmt: skip
         sub.add_argument(f"-{letter}", type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
 
@@ -316,9 +321,17 @@ def bench_tasks_command(arguments: argparse.Namespace) -> None:
 
 
 def bench_kernels_command(arguments: argparse.Namespace) -> None:
-    from jaxlm.bench import kernels
+    import jax
+
+    from jaxlm.bench import kernel_times, kernels
     from pallas_kernels.cases import Shape
 
+    if jax.default_backend() == "gpu":
+        kernel_times.run(
+            arguments.output, names=arguments.kernels, lengths=arguments.lengths, H=arguments.H, K=arguments.K, V=arguments.V,
+            recurrent=arguments.recurrent, quick=arguments.quick,
+        )  # fmt: skip
+        return
     shape = Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.V)
     chips = arguments.chips or (["v5e"] if arguments.quick else None)
     kernels.run(arguments.output, names=arguments.kernels, chips=chips, shape=shape)

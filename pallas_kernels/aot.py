@@ -3,10 +3,11 @@
     python -m pallas_kernels.aot "v5e:2x2" MODULE:FUNCTION '{"T": 4096}'
 
 calls FUNCTION(**arguments), which returns a function of arrays and their shapes, compiles it for the first device of the
-topology, and prints JSON. `report` does so in a process of its own: the TPU compiler reads its settings from the environment
-before jax is imported. Needs libtpu, no TPU.
+topology, and prints JSON. `report` does so in a process of its own: compilers read their settings from the environment before
+jax is imported. For TPUs it needs libtpu, for Hopper GPUs the wheels jax-cuda13-plugin and jax-cuda13-pjrt (of the version of
+jax, installed without what they depend on); neither needs the chip.
 
-A kernel's *static cycles* are the instruction bundles of its final schedule times the steps of its grid: one bundle issues
+A TPU kernel's *static cycles* are the instruction bundles of its final schedule times the steps of its grid: one bundle issues
 per cycle at best, and stalls on memory are not in it. They are a count of the compiler's, never a time.
 """
 
@@ -27,6 +28,20 @@ from typing import Any
 # The smallest topology of each chip.
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
 
+# What XLA would ask an H100 (SXM, 80 GB). Autotuning is off, so what it compiles beside kernels is not what runs fastest.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 28 } runtime_version { major: 13 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -40,35 +55,50 @@ _UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL
 def report(
     chip: str, target: str, arguments: dict[str, Any], *, schedules: bool = True, timeout: float = 600
 ) -> dict[str, Any]:
-    """What the TPU compiler makes of a function and its kernels.
+    """What a chip's compiler makes of a function and its kernels.
 
     Args:
-      chip: a key of `TOPOLOGIES`, or a topology such as "v6e:4x4".
+      chip: a key of `TOPOLOGIES`, a TPU topology such as "v6e:4x4", or "h100".
       target: "module:function"; called with the arguments, returns (function, its arguments as `jax.ShapeDtypeStruct`).
       schedules: also read the schedules of the kernels, for which the compiler writes down all its steps.
 
     Returns:
       device_kind, hbm_bytes (see `hbm_bytes`), peak_bytes; and kernels, for every one in order: name, grid, vmem_bytes,
       operand_bytes (operands and results, each once) and of its schedule bundles (of one step), static_cycles, use (share of
-      each unit's slots), fills and spills (loads and stores of registers for want of them).
+      each unit's slots), fills and spills (loads and stores of registers for want of them). For GPUs name, registers (a
+      thread), stack_bytes and spill_bytes (stored, a thread).
 
     Raises:
       RuntimeError: with the compiler's message if it refuses.
     """
+    gpu = chip == "h100"
     with tempfile.TemporaryDirectory() as folder:
         flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-        if schedules:
+        if schedules and not gpu:
             flags += f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags.strip()}
+        environment = {**os.environ, **_ENVIRONMENT, "LIBTPU_INIT_ARGS": flags.strip(), "MOSAIC_GPU_DUMP_PTXAS": "1"}
         command = [sys.executable, "-m", "pallas_kernels.aot", TOPOLOGIES.get(chip, chip), target, json.dumps(arguments)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(f"{target} does not compile for {chip}: {done.stderr[-4000:]}")
         result = json.loads(done.stdout.splitlines()[-1])
-        for kernel in result["kernels"] if schedules else ():
+        if gpu:
+            result["kernels"] = ptxas(done.stdout + done.stderr)
+        for kernel in result["kernels"] if schedules and not gpu else ():
             kernel |= schedule(Path(folder), kernel["name"])
             kernel["static_cycles"] = kernel["bundles"] * math.prod(kernel["grid"])
     return result
+
+
+def ptxas(text: str) -> list[dict[str, Any]]:
+    """Name, registers, stack_bytes and spill_bytes of every kernel that NVIDIA's assembler speaks of."""
+    found = []
+    for part in text.split("Compiling entry function '")[1:]:
+        stack, spill = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", part).groups()
+        registers = re.search(r"Used (\d+) registers", part)[1]
+        name = part.split("'")[0].removesuffix("_mosaic_gpu_kernel")
+        found.append({"name": name, "registers": int(registers), "stack_bytes": int(stack), "spill_bytes": int(spill)})
+    return found
 
 
 def schedule(folder: Path, kernel: str) -> dict[str, Any]:
@@ -99,23 +129,29 @@ def compile_for(topology: str, function: Callable, arguments: tuple) -> dict[str
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-    device = topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    gpu = topology == "h100"
+    if gpu:
+        described = topologies.get_topology_desc(platform="cuda", target_config=_H100, topology="1x1x1")
+    else:
+        described = topologies.get_topology_desc(topology, platform="tpu")
+    device = described.devices[0]
     sharding = SingleDeviceSharding(device)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    described = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1,), ("device",), abstract_device=described, axis_types=(AxisType.Auto,))
+    kind, cores = ("NVIDIA H100 80GB HBM3", 132) if gpu else (device.device_kind, 1)
+    abstract = AbstractDevice(device_kind=kind, num_cores=cores, platform="gpu" if gpu else "tpu")
+    mesh = AbstractMesh((1,), ("device",), abstract_device=abstract, axis_types=(AxisType.Auto,))
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(function).trace(*placed)
-    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    compiled = traced.lower(lowering_platforms=("cuda" if gpu else "tpu",)).compile()
     text = compiled.as_text()
     kernels = []
-    for name, grid, operands in pallas_calls(traced.jaxpr.jaxpr):
+    for name, grid, operands in pallas_calls(traced.jaxpr.jaxpr) if not gpu else ():
         memory = re.search(rf'%{name}[.\d]* = .*"used_scoped_memory_configs":\[(.*?)\]', text)
         sizes = re.findall(r'"size":"?(\d+)', memory[1]) if memory else []
         kernels.append({"name": name, "grid": grid, "vmem_bytes": sum(map(int, sizes)), "operand_bytes": operands})
     memory = compiled.memory_analysis()
     return {
-        "device_kind": device.device_kind,
+        "device_kind": kind,
         "kernels": kernels,
         "hbm_bytes": hbm_bytes(text),
         "peak_bytes": memory.peak_memory_in_bytes,

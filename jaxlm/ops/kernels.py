@@ -21,6 +21,7 @@ from jaxlm.parallel.context import active
 # (op, platform) -> the module with its kernels; see the signatures there.
 MODULES = {
     ("linear_attention", "tpu"): "pallas_kernels.linear_attention.tpu",
+    ("linear_attention", "gpu"): "pallas_kernels.linear_attention.gpu",
 }
 
 _INTERPRETED: ContextVar[tuple[str, str] | None] = ContextVar("jaxlm_interpreted", default=None)

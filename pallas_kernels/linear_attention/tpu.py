@@ -426,7 +426,7 @@ class _Channels:
 
     def __init__(self, refs: dict, head: int, n: int, q, k, scratch: dict, masks: _Masks):
         width = q.shape[-1] // n
-        self.q, self.k, self.g = (x.at[0, :, pl.ds(head * width, width)] for x in (q, k, refs["g"]))
+        self.q, self.k, self.g, self.channels = q, k, refs["g"], pl.ds(head * width, width)
         self.masks, self.size = masks, masks.size
         self.sums, self.z = scratch["sums"].at[head], scratch["z"].at[head]
         # The tables of all heads are one below the other, as a masked store takes slices alone.
@@ -445,12 +445,12 @@ class _Channels:
 
     def _near(self):
         """Every level within tiles, in slots 0, 1, 2; leaves the sums over tiles up to and after every token."""
-        width = self.g.shape[-1]
+        width = self.channels.size
         row = _iota((2, 8, width), 1)
         for start in range(0, self.size, 16):
             rows = pl.ds(start, 16)
-            q, k = (x[rows].astype(jnp.float32).reshape(2, 8, width) for x in (self.q, self.k))
-            before = self.g[rows].reshape(2, 8, width)
+            q, k, before = (x[0, rows, self.channels].reshape(2, 8, width) for x in (self.q, self.k, self.g))
+            q, k = q.astype(jnp.float32), k.astype(jnp.float32)
             after = jnp.zeros_like(before)
             for slot, s in enumerate(self.NEAR):
                 right = row // s % 2 == 1
@@ -473,9 +473,9 @@ class _Channels:
         while s < self.size:
             for start in range(0, self.size, 2 * s):
                 middle, stop = start + s, start + 2 * s
-                mixed = jnp.concatenate([self.k[pl.ds(start, s)], self.q[pl.ds(middle, s)]])
+                mixed = [x[0, pl.ds(at, s), self.channels] for x, at in ((self.k, start), (self.q, middle))]
                 sums = jnp.concatenate(read(AFTER, start, middle) + read(BEFORE, middle, stop))
-                self._set(slot, pl.ds(start, 2 * s), mixed, sums)
+                self._set(slot, pl.ds(start, 2 * s), jnp.concatenate(mixed), sums)
             yield s, slot
             written = slot - len(self.NEAR) + 1
             for start in range(0, self.size, 2 * s):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.bench import mixers, report, tasks
+from jaxlm.bench import kernel_times, mixers, report, tasks
 from jaxlm.schema import UserError
 
 
@@ -126,3 +126,22 @@ def test_a_form_without_memory_is_left_out_and_the_rest_measured(tmp_path, monke
     assert chunked["both_ms"] > 0
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         mixers.run(tmp_path, forms=["parallel"], **settings)
+
+
+def test_times_of_kernels_are_ratios_to_the_kernel_beside_the_floor():
+    row = {"op": "linear_attention", "decay": "scalar", "B": 4, "T": 8192, "floor_ms": 0.25}
+    rows = [
+        row | {"direction": "forward", "form": "kernel", "ms": 0.5},
+        row | {"direction": "forward", "form": "chunked", "ms": 4.0},
+        row | {"direction": "forward", "form": "peer", "ms": None, "error": "does not run"},
+    ]
+    result = {"environment": {"device": "H100"}, "settings": {"H": 16}, "copy_tb_s": 2.9, "rows": rows}
+    _, columns, lines = kernel_times.table(result)
+    assert columns[4:] == ["kernel", "chunked", "peer", "floor"]
+    assert lines == [["linear_attention-scalar", "forward", "4", "8192", "0.500", "4.000 (8.00x)", "failed", "0.250"]]
+
+
+def test_times_need_a_chip_with_kernels(tmp_path):
+    assert kernel_times.kernel_names("NVIDIA H100 80GB HBM3") == ["linear_attention-none", "linear_attention-scalar"]
+    with pytest.raises(UserError, match="no GPU kernel runs on cpu"):
+        kernel_times.run(tmp_path)

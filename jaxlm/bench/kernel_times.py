@@ -1,0 +1,263 @@
+"""Kernels on the GPU that is there: times beside the chunked and recurrent forms and the installed peers, in one process.
+
+Peers are timed where they are installed: jax-linear-attention (module jla, Pallas Mosaic GPU) and fla-core (module fla,
+Triton through torch). A time is the median of several runs of many calls each, divided by the calls, after two that compile
+and warm up. The floor is every input read once and every output written once, at the bandwidth that a large copy reaches in the
+same process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from jaxlm.bench.report import chosen, environment, new_figure, print_table, write_json
+from jaxlm.ops import kernels
+from jaxlm.ops.delta_rule import delta_rule
+from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.schema import UserError
+from pallas_kernels import cases
+
+LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
+TOKENS = 32768  # in all rows together, as long as one row has no more
+OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
+DIRECTIONS = ("forward", "forward and backward")
+
+
+def kernel_names(chip: str) -> list[str]:
+    """"op-decay" of every op whose GPU kernel runs on a chip for heads of 128 channels."""
+    names = []
+    for op in cases.OPS:
+        module = kernels.module(op, "gpu") if (op, "gpu") in kernels.MODULES else None
+        known = {"H": 16, "K": 128, "V": 128, "dtype": jnp.bfloat16, "chip": chip}
+        names += [f"{op}-{decay}" for decay in cases.DECAYS if module and module.declines(decay=decay, **known) is None]
+    return names
+
+
+def clock(call: Callable[[], Any], *, wait: Callable[[Any], Any], calls: int = 20, runs: int = 7) -> float:
+    """Median milliseconds of a call."""
+    wait(call())
+    wait(call())
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        wait(out)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return median(times)
+
+
+def bandwidth() -> float:
+    """TB/s of reading and writing a gigabyte."""
+    x = jnp.ones((1 << 28,), jnp.float32)
+    return 2 * x.nbytes / clock(partial(jax.jit(lambda x: x + 1), x), wait=jax.block_until_ready) * 1e-9
+
+
+def inputs(decay: str, shape: cases.Shape) -> dict[str, jax.Array]:
+    """Random arrays as training has them: normalised keys, mild decays."""
+    B, T, H, K, V = shape
+    keys = jax.random.split(jax.random.key(0), 6)
+    q, k, v = (jax.random.normal(key, (B, T, H, n)) for key, n in zip(keys, (K, K, V), strict=False))
+    arrays = {"q": q, "k": k / jnp.linalg.norm(k, axis=-1, keepdims=True), "v": v}
+    arrays = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
+    if decay != "none":
+        width = (B, T, H) if decay == "scalar" else (B, T, H, K)
+        arrays["log_decay"] = jax.nn.log_sigmoid(jax.random.normal(keys[3], width)) / 16
+    return arrays
+
+
+def ours(op: str, form: str) -> Callable:
+    """A form of an op of the arrays of `inputs`."""
+
+    def call(arrays):
+        return OPS[op](**arrays, form=form)
+
+    return call
+
+
+def jax_linear_attention(op: str, decay: str) -> Callable | None:
+    """The peer's function of the same arrays, None where it has none."""
+    from jla.ops.mosaic_gpu import gla, scalar_gate
+
+    functions = {("linear_attention", "scalar"): scalar_gate.simple_gla, ("linear_attention", "vector"): gla.gla}
+    if (op, decay) not in functions:
+        return None
+
+    def call(arrays):
+        scale = arrays["q"].shape[-1] ** -0.5
+        B, _, H, K = arrays["q"].shape
+        state = jnp.zeros((B, H, K, arrays["v"].shape[-1]), jnp.float32)
+        gates = {"g": arrays["log_decay"]}
+        return functions[op, decay](
+            arrays["q"], arrays["k"], arrays["v"], **gates, scale=scale, initial_state=state, output_final_state=True
+        )  # fmt: skip
+
+    return call
+
+
+def time_jax(function: Callable, arrays: dict, direction: str) -> float:
+    """Milliseconds of a function of arrays that returns outputs and a state."""
+    if direction == "forward":
+        return clock(partial(jax.jit(function), arrays), wait=jax.block_until_ready)
+
+    def both(arrays, cotangent):
+        out, pull = jax.vjp(function, arrays)
+        return out, pull((cotangent, jnp.zeros_like(out[1])))
+
+    cotangent = jax.random.normal(jax.random.key(1), arrays["v"].shape).astype(jnp.bfloat16)
+    return clock(partial(jax.jit(both), arrays, cotangent), wait=jax.block_until_ready)
+
+
+def time_fla(op: str, decay: str, arrays: dict, direction: str) -> float | None:
+    """Milliseconds of flash-linear-attention on the same arrays, None where it has no such op."""
+    import torch
+    from fla.ops.gla import chunk_gla
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    functions = {
+        ("linear_attention", "none"): partial(chunk_linear_attn, normalize=False),
+        ("linear_attention", "scalar"): chunk_simple_gla,
+        ("linear_attention", "vector"): chunk_gla,
+    }
+    if (op, decay) not in functions:
+        return None
+    names = {"log_decay": "g"}
+    tensors = {names.get(name, name): torch.from_dlpack(x) for name, x in arrays.items()}
+    backward = direction != "forward"
+    tensors = {name: x.detach().clone().requires_grad_(backward) for name, x in tensors.items()}
+    cotangent = torch.randn_like(tensors["v"])
+
+    def call():
+        o, _ = functions[op, decay](**tensors, output_final_state=True)
+        return torch.autograd.grad(o, list(tensors.values()), cotangent) if backward else o
+
+    return clock(call, wait=lambda _: torch.cuda.synchronize())
+
+
+def run(
+    output: Path,
+    *,
+    names: Sequence[str] | None = None,
+    lengths: Sequence[int] | None = None,
+    H: int = 8,
+    K: int = 128,
+    V: int = 128,
+    recurrent: bool = False,
+    quick: bool = False,
+) -> dict:
+    """Time, print the table, write OUTPUT/times.json after every length and draw OUTPUT/times.png.
+
+    Args:
+      names: of `kernel_names`; None for all. lengths: T, with as many rows as make `TOKENS` (at least one).
+      H, K, V: heads and their channels.
+      recurrent: time the recurrent form too, which takes tens of milliseconds.
+      quick: only T = 2048.
+
+    Raises:
+      UserError: for names that are not there, and where no kernel runs on this chip.
+    """
+    chip = jax.devices()[0].device_kind
+    if not kernel_names(chip):
+        raise UserError(f"no GPU kernel runs on {chip}")
+    names = chosen(names, kernel_names(chip), "--kernels")
+    lengths = lengths or ((2048,) if quick else LENGTHS)
+    forms = ("kernel", "chunked", "recurrent") if recurrent else ("kernel", "chunked")
+    peers = [name for name, module in (("jax-linear-attention", "jla"), ("fla", "fla")) if importlib.util.find_spec(module)]
+    console, rate, rows = Console(stderr=True), bandwidth(), []
+    result = {
+        "environment": environment() | {"device": chip}, "settings": {"H": H, "K": K, "V": V, "dtype": "bfloat16"},
+        "copy_tb_s": rate, "rows": rows,
+    }  # fmt: skip
+    for name in names:
+        op, decay = name.rsplit("-", 1)
+        for T in lengths:
+            shape = cases.Shape(max(1, TOKENS // T), T, H, K, V)
+            arrays = inputs(decay, shape)
+            least = cases.least_bytes(op, "forward", decay, shape)
+            for direction in DIRECTIONS:
+                if direction != "forward":
+                    least += cases.least_bytes(op, "backward", decay, shape)
+                for form in (*forms, *peers):
+                    row = {"op": op, "decay": decay, "direction": direction, "form": form, "B": shape.B, "T": T}
+                    row["floor_ms"] = least / rate * 1e-9
+                    try:
+                        row["ms"] = _time(op, decay, form, arrays, direction)
+                    except Exception as error:  # a peer or XLA's autotuner may fail in any way, and the rest still counts
+                        row["ms"], row["error"] = None, f"{type(error).__name__}: {error}"[:300]
+                    if row["ms"] is not None or "error" in row:
+                        rows.append(row)
+                        shown = f"{row['ms']:.3f} ms" if row["ms"] else row["error"]
+                        console.print(f"{name}, {direction}, B={shape.B} T={T}, {form}: {shown}", markup=False, highlight=False)
+            write_json(output / "times.json", result)
+    print_table(*table(result))
+    console.print(f"wrote {output / 'times.json'}" + (f" and {output / 'times.png'}" if draw(result, output) else ""))
+    return result
+
+
+def _time(op: str, decay: str, form: str, arrays: dict, direction: str) -> float | None:
+    if form == "fla":
+        return time_fla(op, decay, arrays, direction)
+    function = jax_linear_attention(op, decay) if form == "jax-linear-attention" else ours(op, form)
+    return None if function is None else time_jax(function, arrays, direction)
+
+
+def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows: milliseconds, the floor, and how many times as long the other forms take as the kernel."""
+    forms = list(dict.fromkeys(row["form"] for row in result["rows"]))
+    title = (
+        f"Milliseconds on {result['environment']['device']}, {result['copy_tb_s']:.2f} TB/s copied, "
+        + ", ".join(f"{n}={v}" for n, v in result["settings"].items())
+    )  # fmt: skip
+    lines: dict[tuple, dict] = {}
+    for row in result["rows"]:
+        lines.setdefault((row["op"], row["decay"], row["direction"], row["B"], row["T"]), {})[row["form"]] = row
+    rows = []
+    for (op, decay, direction, B, T), found in lines.items():
+        kernel, line = found["kernel"]["ms"], [f"{op}-{decay}", direction, str(B), str(T)]
+        for form in forms:
+            ms = found[form]["ms"] if form in found else None
+            over = f" ({ms / kernel:.2f}x)" if ms and kernel and form != "kernel" else ""
+            line.append(f"{ms:.3f}{over}" if ms else "failed" if form in found else "-")
+        rows.append([*line, f"{found['kernel']['floor_ms']:.3f}"])
+    return title, ["kernel", "direction", "B", "T", *forms, "floor"], rows
+
+
+def draw(result: dict, output: Path) -> bool:
+    """Microseconds a thousand tokens against T, with the floor: a column a kernel, a row a direction; False without
+    matplotlib."""
+    names = list(dict.fromkeys((row["op"], row["decay"]) for row in result["rows"]))
+    forms = list(dict.fromkeys(row["form"] for row in result["rows"]))
+    made = new_figure(2, len(names), (3.6 * len(names) + 1, 6))
+    if made is None:
+        return False
+    figure, axes = made
+    for column, name in enumerate(names):
+        for line, direction in enumerate(DIRECTIONS):
+            axis = axes[line, column]
+            chosen_rows = [row for row in result["rows"] if (row["op"], row["decay"], row["direction"]) == (*name, direction)]
+
+            def curve(rows, key):
+                return [row["T"] for row in rows], [1e6 * row[key] / (row["B"] * row["T"]) for row in rows]
+
+            for form in forms:
+                rows = [row for row in chosen_rows if row["form"] == form and row["ms"]]
+                if rows:
+                    axis.plot(*curve(rows, "ms"), marker="o", markersize=3, label=form)
+            axis.plot(*curve([row for row in chosen_rows if row["form"] == "kernel"], "floor_ms"), "k--", label="floor")
+            axis.set(xscale="log", yscale="log", title=f"{'-'.join(name)}, {direction}", xlabel="tokens a row")
+            axis.set_ylabel("µs per 1,000 tokens")
+    axes[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{result['environment']['device']}, bfloat16, H={result['settings']['H']}", fontsize=10)
+    figure.savefig(output / "times.png", dpi=120)
+    return True

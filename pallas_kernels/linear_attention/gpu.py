@@ -1,0 +1,570 @@
+"""Chunked linear attention on Hopper GPUs (Mosaic GPU): S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale q_t S_t.
+
+No decay or one of every head. Three kernels:
+
+- forward: a warpgroup walks a head's chunks of 64 tokens in order with 64 value channels of the state, transposed, in
+  registers. q, k and v come by the copy engine two or three chunks ahead. Scores weighed by exp(b_i - b_j) and the state's part
+  of the output add up in one accumulator. For training it also writes the state that enters every second chunk, in q's dtype.
+- backward, states: the same walk in reverse with the cotangent of the state.
+- backward: every pair of chunks on its own, from the state that enters it and the cotangent of the one that leaves it; two
+  warpgroups take 64 tokens each, as queries for dq and as keys for dk and dv.
+
+Where rows and heads are too few to fill the chip, time is split into segments: a first walk finds what each adds to the state,
+the states that enter them follow, and a second walk starts from those.
+
+What decays do within chunks comes as rows of sums, 4 bytes a token and head; dg is the reverse sum over a pair of chunks of the
+rows of q dq - k dk, plus what the state that leaves and its cotangent have in common.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+C = 64  # tokens a chunk of the walks
+PAIR = 2 * C  # tokens a chunk of the gradients, and between saved states
+DIMS = (64, 128)
+CHIPS = ("H100", "H200", "H800", "H20")
+FLOOR = -128.0  # exp(-128) is 0 in float32 and sums of 64 of them are finite, where those of -inf are not
+LOG2E = math.log2(math.e)
+SMS = 132  # multiprocessors of the chip
+F32 = jnp.float32
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS = WGMMA.reduce(1)  # a number for every row of a tile
+COLS = WGMMA.reduce(0)  # a number for every column
+
+# The logical axes of what `forward` saves.
+SAVED_AXES = ("batch", None, "heads", None, None)
+
+
+def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
+    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
+    and rules nothing out."""
+    if not any(name in chip for name in CHIPS):
+        return f"the GPU kernel is made for Hopper ({', '.join(CHIPS)}), not for {chip or 'an unknown chip'}"
+    if decay == "vector":
+        return "the GPU kernel takes one decay of a head or none, not one of every channel"
+    if any(x is not None and x not in DIMS for x in (K, V)):
+        return f"the GPU kernel has K and V in {DIMS}, not K={K}, V={V}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"the GPU kernel takes bfloat16, not {jnp.dtype(dtype).name}"
+    return None
+
+
+def _tile(shape, dtype):
+    """Shared memory that the copy engine and wgmma read: tiles of 8 rows, swizzled."""
+    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _by_row(x, shape):
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def _by_column(x, shape):
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def _iota(shape, axis):
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
+
+
+def _load(ref, layout=WGMMA):
+    return plgpu.load(ref, layout=layout)
+
+
+class _Call:
+    """A kernel, and matrix products in it that its interpreter can run too."""
+
+    def __init__(self, interpret):
+        self.interpret = plgpu.InterpretGPUParams() if interpret is True else interpret or None
+
+    def __call__(self, body, name, grid, operands, out_type, scratch, threads):
+        names, sizes = zip(*grid.items(), strict=True)
+        return plgpu.kernel(
+            body, out_type=out_type, scratch_types=scratch, grid=sizes, grid_names=names, num_threads=threads, thread_name="wg",
+            compiler_params=plgpu.CompilerParams(approx_math=True), interpret=self.interpret, kernel_name=name,
+        )(*operands)  # fmt: skip
+
+    def dot(self, *pairs, init=None):
+        """init + the sum of x @ y over pairs; y in shared memory, x there or in registers."""
+        shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
+        if self.interpret is not None:
+            for x, y in pairs:
+                if isinstance(x, jax.Array):
+                    product = jnp.dot(x, y[...], preferred_element_type=F32)
+                else:
+                    product = self._fresh([(x, y)], shape)
+                init = product if init is None else init + product
+            return init
+        if init is None:
+            return self._fresh(pairs, shape)
+
+        def accumulate(acc):
+            for x, y in pairs:
+                plgpu.wgmma(acc, x, y)
+
+        # Nothing that reads the sum may move ahead of the wait for it.
+        return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
+
+    def _fresh(self, pairs, shape):
+        def scoped(acc):
+            for x, y in pairs:
+                plgpu.wgmma(acc, x, y)
+            return acc[...]
+
+        product = pl.run_scoped(scoped, plgpu.ACC(shape, F32))
+        return product if self.interpret is not None else lax.optimization_barrier(product)
+
+
+def _rows(log_decay, reset, length, chunk):
+    """What the decays and documents do within chunks, as rows [B, H, N, 1 or 2, chunk]: sums of log decays up to each token, in
+    powers of 2, and with resets where in the chunk its document starts (-1 before it). None without either."""
+    if log_decay is None and reset is None:
+        return None
+    pad = -length % PAIR
+    if log_decay is None:
+        sums = jnp.zeros((reset.shape[0], 1, (length + pad) // chunk, chunk), F32)
+    else:
+        g = jnp.maximum(log_decay[..., 0], FLOOR) * LOG2E
+        if reset is not None:
+            g = jnp.where(reset[..., None], 0.0, g)  # what a reset drops needs no decay, and sums over it stay small
+        g = jnp.pad(g, ((0, 0), (0, pad), (0, 0))).swapaxes(1, 2).reshape(g.shape[0], g.shape[2], -1, chunk)
+        # Quadratic and one kernel, where a cumulative sum is several.
+        sums = jnp.sum(jnp.where(jnp.tri(chunk, dtype=bool), g[..., None, :], 0.0), axis=-1)
+    rows = [sums]
+    if reset is not None:
+        rows.append(jnp.broadcast_to(_starts(reset, length, chunk).astype(F32), sums.shape))
+    return jnp.stack(rows, axis=3)
+
+
+def _starts(reset, length, chunk):
+    """Where in its chunk the document of every token starts, -1 before it: [B, 1, N, C]."""
+    inside = jnp.pad(reset, ((0, 0), (0, -length % PAIR))).reshape(reset.shape[0], 1, -1, chunk)
+    return lax.cummax(jnp.where(inside, jnp.arange(chunk), -1), axis=3)
+
+
+SUMS, START = range(2)
+
+
+def _before(rows, layout, tokens=slice(None)):
+    """Products of the decays from the chunk's start up to each token, 0 for later documents, of its `_rows` in memory."""
+    before = jnp.exp2(_load(rows.at[SUMS, tokens], layout))
+    return jnp.where(_load(rows.at[START, tokens], layout) < 0, before, 0.0) if rows.shape[0] > START else before
+
+
+def _after(rows, layout, tokens=slice(None)):
+    """Products of the decays after each token to the chunk's end, 0 for documents that end before it."""
+    last = rows.shape[1] - 1
+    after = jnp.exp2(rows[SUMS, last] - _load(rows.at[SUMS, tokens], layout))
+    return jnp.where(_load(rows.at[START, tokens], layout) == rows[START, last], after, 0.0) if rows.shape[0] > START else after
+
+
+def _total(rows):
+    """Product of all decays of the chunk."""
+    last = rows.shape[1] - 1
+    total = jnp.exp2(rows[SUMS, last])
+    return jnp.where(rows[START, last] < 0, total, 0.0) if rows.shape[0] > START else total
+
+
+def _between(shape, rows, columns, queries, keys, *, transposed=False):
+    """What weighs the scores of a block of queries with a block of keys: rows are queries, or keys if transposed.
+
+    Args:
+      rows, columns: the chunk's `_rows` in two shared memories (one memory is read in one layout), or None for no decay.
+      queries, keys: where the blocks start in the chunk.
+    """
+    of_row, of_column = (keys, queries) if transposed else (queries, keys)
+    seen = None
+    if queries == keys:
+        i, j = _iota(shape, 0), _iota(shape, 1)
+        seen = (i <= j) if transposed else (i >= j)
+    if rows is None:
+        return None if seen is None else jnp.where(seen, 1.0, 0.0)
+
+    def load(which):
+        row = _load(rows.at[which, pl.ds(of_row, shape[0])], ROWS)
+        return _by_row(row, shape), _by_column(_load(columns.at[which, pl.ds(of_column, shape[1])], COLS), shape)
+
+    row, column = load(SUMS)
+    apart = column - row if transposed else row - column
+    if rows.shape[0] > START:
+        row, column = load(START)
+        seen = (row == column) if seen is None else seen & (row == column)
+    return jnp.exp2(apart if seen is None else jnp.where(seen, apart, -jnp.inf))
+
+
+def _times(x, weights):
+    return x if weights is None else x * weights
+
+
+def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, reverse=False):
+    """Walk the chunks with the state h [V, K]: h <- total h + (weights y)^T x; forwards with the factors after each token, or
+    backwards with those up to it, times the scale.
+
+    Args:
+      x: [B, T, H, K]; y: [B, T, H, V].
+      rows: of `_rows`, for chunks of C.
+      state: [B, S, H, V, K] float32, entering each of S segments of whole pairs of chunks.
+      q: also return o = scale q h + P y.
+      emit: also return the state at every pair of chunks [B, N / 2, H, V, K] in x's dtype, before it takes part.
+
+    Returns:
+      the states that leave the segments, o or None, states or None.
+    """
+    B, T, H, K = x.shape
+    V = y.shape[-1]
+    pairs = T // PAIR
+    each = -(-pairs // segments)
+    blocks = _value_blocks(B * H * segments, V)
+    wgs = V // blocks // C
+    stages = 4 if q is None or K + V < 256 else 3
+    dtype = x.dtype
+    out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
+    scratch = {
+        "x_s": _tile((stages, C, K), dtype), "y_s": _tile((stages, wgs, C, C), dtype),
+        "full": plgpu.Barrier(num_arrivals=1 + wgs + (q is not None) + (0 if rows is None else 1 + (q is not None)),
+                              num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
+    }  # fmt: skip
+    operands = [x, y, state]
+    if rows is not None:
+        operands.append(rows)
+        # Twice: a memory is read in one layout.
+        scratch["columns_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
+        if q is not None:
+            scratch["rows_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
+    if q is not None:
+        operands.append(q)
+        out_type.append(jax.ShapeDtypeStruct((B, T, H, V), y.dtype))
+        scratch |= {"q_s": _tile((stages, C, K), dtype), "o_s": _tile((wgs, C, C), y.dtype)}
+    if emit:
+        out_type.append(jax.ShapeDtypeStruct((B, pairs, H, V, K), dtype))
+    if emit or q is not None:
+        scratch["h_s"] = _tile((wgs, C, K), dtype)
+
+    def body(x_ref, y_ref, state_ref, *refs, x_s, y_s, full, empty, done, columns_s=None, rows_s=None, q_s=None, o_s=None,
+             h_s=None):
+        refs = list(refs)
+        rows_ref = refs.pop(0) if rows is not None else None
+        q_ref = refs.pop(0) if q is not None else None
+        final_ref = refs.pop(0)
+        o_ref = refs.pop(0) if q is not None else None
+        h_ref = refs.pop(0) if emit else None
+        b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
+        wg = lax.axis_index("wg")
+        first, last = 2 * s * each, 2 * jnp.minimum((s + 1) * each, pairs)
+        count = jnp.maximum(last - first, 0)
+        values = [(block * wgs + i) * C for i in range(wgs)]
+        mine = pl.ds((block * wgs + wg) * C, C)
+
+        def chunk(n):
+            return last - 1 - n if reverse else first + n
+
+        def fetch(n):
+            slot, at = lax.rem(n, stages), chunk(n)
+            tokens, bar = pl.ds(at * C, C), full.at[slot]
+            plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h], x_s.at[slot], bar)
+            for i in range(wgs):
+                plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, pl.ds(values[i], C)], y_s.at[slot, i], bar)
+            if rows is not None:
+                of_head = rows_ref.at[b, h if rows.shape[1] > 1 else 0, at]
+                if q is not None:
+                    plgpu.copy_gmem_to_smem(of_head, rows_s.at[slot], bar)
+                plgpu.copy_gmem_to_smem(of_head, columns_s.at[slot], bar)
+            if q is not None:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
+
+        @pl.when(wg == 0)
+        def _():
+            for n in range(stages - 1):
+                pl.when(n < count)(lambda n=n: fetch(jnp.int32(n)))
+
+        def step(n, st):
+            slot = lax.rem(n, stages)
+            ahead = n + stages - 1
+
+            @pl.when((wg == 0) & (ahead < count))
+            def _():
+                if wgs > 1:
+                    @pl.when(n > 0)
+                    def _():
+                        plgpu.barrier_wait(empty.at[lax.rem(ahead, stages)])
+                fetch(ahead)
+
+            plgpu.barrier_wait(full.at[slot])
+            x_c, y_c = x_s.at[slot], y_s.at[slot, wg]
+            if emit or q is not None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                h_s.at[wg][...] = st.astype(dtype)
+                plgpu.commit_smem()
+            if emit:
+                @pl.when(lax.rem(n, 2) == 0)
+                def _():
+                    plgpu.copy_smem_to_gmem(h_s.at[wg], h_ref.at[b, lax.div(chunk(n), 2), h, mine])
+            if q is not None:
+                q_c = q_s.at[slot]
+                of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
+                scores = _times(call.dot((q_c, x_c.T)), _between((C, C), of_row, of_column, 0, 0)) * scale
+                o = call.dot((q_c, h_s.at[wg].T)) * scale
+                if rows is not None:
+                    o = o * _by_row(_before(of_row, ROWS), o.shape)
+                o = call.dot((scores.astype(dtype), y_c), init=o)
+                o_s.at[wg][...] = o.astype(o_s.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_s.at[wg], o_ref.at[b, pl.ds(chunk(n) * C, C), h, mine])
+            yt = _load(y_c.T)
+            if rows is not None:
+                of_column = columns_s.at[slot]
+                weights = _before(of_column, COLS) * scale if reverse else _after(of_column, COLS)
+                yt = (yt.astype(F32) * _by_column(weights, yt.shape)).astype(dtype)
+                st = st * _total(of_column)
+            elif reverse:
+                yt = (yt.astype(F32) * scale).astype(dtype)
+            st = call.dot((yt, x_c), init=st)
+            plgpu.commit_smem()  # what this chunk's memory held has been read before the copy engine fills it again
+            if wgs > 1:
+                @pl.when(n + stages < count)
+                def _():
+                    plgpu.barrier_arrive(empty.at[slot])
+            return st
+
+        st = lax.fori_loop(0, count, step, plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False))
+        final_ref.at[b, s, h, mine][...] = st
+        if emit or q is not None:
+            plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    grid = {"b": B, "h": H, "s": segments, "v": blocks}
+    name = "linear_attention_" + ("backward_states" if reverse else "states" if q is None else "forward")
+    final, *rest = call(body, name, grid, operands, out_type, scratch, wgs)
+    o = rest.pop(0) if q is not None else None
+    return final, o, rest.pop(0) if emit else None
+
+
+def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
+    """Gradients of every pair of chunks from the states that enter it and the cotangents of those that leave it.
+
+    Two warpgroups take 64 tokens each, as queries of dq and as keys of dk and dv.
+
+    Args:
+      q, k: [B, T, H, K]; v, do: [B, T, H, V].
+      rows: of `_rows`, for pairs of chunks.
+      h, dh: [B, N, H, V, K].
+
+    Returns:
+      dq, dk, dv; with rows also, [B, H, N, 2 C], rowwise sums of q dq - k dk, and numbers whose sum over the last axis is what
+      the leaving state and its cotangent have in common.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    dtype = q.dtype
+    scratch = {
+        # Halves are memories of their own: products are traced as functions, which take no constant index of a memory.
+        "q_s": [_tile((C, K), dtype)] * 2, "k_s": [_tile((C, K), dtype)] * 2, "v_s": [_tile((C, V), dtype)] * 2,
+        "do_s": [_tile((C, V), dtype)] * 2, "h_s": _tile((V, K), dtype), "dh_s": _tile((V, K), dtype),
+        "out_s": _tile((2, C, C), dtype),
+        "full": plgpu.Barrier(num_arrivals=10 if rows is None else 12), "done": plgpu.Barrier(num_arrivals=2),
+    }  # fmt: skip
+    operands = [q, k, v, do, h, dh]
+    out_type = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v)]
+    if rows is not None:
+        operands.append(rows)
+        out_type += [jax.ShapeDtypeStruct((B, H, T // PAIR, PAIR), F32)] * 2
+        scratch |= {
+            "rows_s": plgpu.SMEM((rows.shape[3], PAIR), F32), "columns_s": plgpu.SMEM((rows.shape[3], PAIR), F32),
+            "flow_s": plgpu.SMEM((2, C), F32), "common_s": plgpu.SMEM((2, C), F32),
+        }  # fmt: skip
+
+    def body(q_ref, k_ref, v_ref, do_ref, h_ref, dh_ref, *refs, q_s, k_s, v_s, do_s, h_s, dh_s, out_s, full, done,
+             rows_s=None, columns_s=None, flow_s=None, common_s=None):
+        refs = list(refs)
+        rows_ref = refs.pop(0) if rows is not None else None
+        dq_ref, dk_ref, dv_ref, *refs = refs
+        n, hd, b = (lax.axis_index(name) for name in ("n", "h", "b"))
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == 0)
+        def _():
+            for ref, to in ((do_ref, do_s), (v_ref, v_s), (q_ref, q_s), (k_ref, k_s)):
+                for half in range(2):
+                    plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(n * PAIR + half * C, C), hd], to[half], full)
+            plgpu.copy_gmem_to_smem(h_ref.at[b, n, hd], h_s, full)
+            plgpu.copy_gmem_to_smem(dh_ref.at[b, n, hd], dh_s, full)
+            if rows is not None:
+                of_head = rows_ref.at[b, hd if rows.shape[1] > 1 else 0, n]
+                plgpu.copy_gmem_to_smem(of_head, rows_s, full)
+                plgpu.copy_gmem_to_smem(of_head, columns_s, full)
+
+        plgpu.barrier_wait(full)
+        blocks = tuple(range(2))
+
+        def send(x, ref, half):
+            for start in range(0, x.shape[1], C):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                out_s.at[half][...] = x[:, start : start + C].astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_s.at[half], ref.at[b, pl.ds(n * PAIR + half * C, C), hd, pl.ds(start, C)])
+
+        def factor(of, half, shape):
+            return None if rows is None else _by_row(of(rows_s, ROWS, pl.ds(half * C, C)), shape)
+
+        def weigh(product, queries, keys, transposed):
+            weights = _between((C, C), rows_s, columns_s, queries * C, keys * C, transposed=transposed)
+            return (_times(product, weights) * scale).astype(dtype)
+
+        def of(half):
+            """The gradients of one half; blocks of pairs of tokens that it takes part in are those on and off the diagonal."""
+            flow = None
+            dq = _times(call.dot((do_s[half], h_s)) * scale, factor(_before, half, (C, K)))
+            for keys in blocks[: half + 1]:
+                d_scores = weigh(call.dot((do_s[half], v_s[keys].T)), half, keys, False)
+                dq = call.dot((d_scores, k_s[keys]), init=dq)
+            if rows is not None:
+                flow = jnp.sum(dq * _load(q_s[half]).astype(F32), axis=1)
+            send(dq, dq_ref, half)
+            dk = _times(call.dot((v_s[half], dh_s)), factor(_after, half, (C, K)))
+            if rows is not None:
+                own = jnp.sum(dk * _load(k_s[half]).astype(F32), axis=1)
+                if V == PAIR:
+                    part = pl.ds(half * C, C)
+                    both = _load(h_s.at[part]).astype(F32) * _load(dh_s.at[part]).astype(F32)
+                    own = own + _total(columns_s) * jnp.sum(both, axis=1)
+                elif half == 0:
+                    both = _load(h_s).astype(F32) * _load(dh_s).astype(F32)
+                    own = own + _total(columns_s) * jnp.sum(both, axis=1)
+                common_s.at[half][...] = own
+            for queries in blocks[half:]:
+                d_scores = weigh(call.dot((v_s[half], do_s[queries].T)), queries, half, True)
+                dk = call.dot((d_scores, q_s[queries]), init=dk)
+            if rows is not None:
+                flow_s.at[half][...] = flow - jnp.sum(dk * _load(k_s[half]).astype(F32), axis=1)
+            send(dk, dk_ref, half)
+            dv = _times(call.dot((k_s[half], dh_s.T)), factor(_after, half, (C, V)))
+            for queries in blocks[half:]:
+                scores = weigh(call.dot((k_s[half], q_s[queries].T)), queries, half, True)
+                dv = call.dot((scores, do_s[queries]), init=dv)
+            send(dv, dv_ref, half)
+            if rows is not None:
+                for ref, x in zip(refs, (flow_s, common_s), strict=True):
+                    plgpu.copy_smem_to_gmem(x.at[half], ref.at[b, hd, n, pl.ds(half * C, C)])
+            plgpu.wait_smem_to_gmem(0)
+
+        for half in blocks:
+            pl.when(wg == half)(lambda half=half: of(half))
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    grid = {"b": B, "h": H, "n": T // PAIR}
+    return call(body, "linear_attention_backward", grid, operands, out_type, scratch, 2)
+
+
+def _padded(x):
+    return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % PAIR), *[(0, 0)] * (x.ndim - 2)))
+
+
+def _segment_decays(log_decay, reset, segments, each):
+    """Products of the decays over segments of time [B, S, H or 1, 1 or K], 0 where a document starts."""
+    total = jnp.ones((1, 1, 1, 1), F32)
+    length = (log_decay if reset is None else reset).shape[1] if log_decay is not None or reset is not None else 0
+    pad = segments * each - length
+
+    def split(x):
+        return jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))).reshape(x.shape[0], segments, each, *x.shape[2:])
+
+    if log_decay is not None:
+        total = jnp.exp(jnp.sum(split(jnp.maximum(log_decay, FLOOR)), axis=2))
+    if reset is not None:
+        total = jnp.where(jnp.any(split(reset), axis=2)[..., None, None], 0.0, total)
+    return total
+
+
+def _entering(local, decays, state, *, reverse=False):
+    """The states that enter segments [B, S, H, V, K], from what each adds and its decay."""
+    order = range(local.shape[1])
+    order = reversed(order) if reverse else order
+    entering = [None] * local.shape[1]
+    decays = jnp.broadcast_to(decays, (*decays.shape[:1], local.shape[1], *decays.shape[2:]))
+    for s in order:
+        entering[s] = state
+        state = decays[:, s, :, None] * state + local[:, s]
+    return jnp.stack(entering, axis=1)
+
+
+def _walked(call, x, y, rows, state, decays, *, scale, q=None, emit, reverse=False):
+    """`_walk` from one state [B, H, K, V] over all of time; where there are few heads, in parallel segments of time whose
+    entering states a first walk finds."""
+    B, T, H, _ = x.shape
+    segments = max(1, min(SMS // (B * H * (y.shape[-1] // C)), T // PAIR // 4))
+    walk = partial(_walk, call, x, y, rows, segments=segments, scale=scale, reverse=reverse)
+    state = jnp.swapaxes(state, -1, -2)
+    states = state[:, None]
+    if segments > 1:
+        zeros = jnp.zeros((B, segments, *state.shape[1:]), F32)
+        local, *_ = walk(zeros)
+        states = _entering(local, decays(segments, -(-T // PAIR // segments) * PAIR), state, reverse=reverse)
+    final, o, saved = walk(states, q=q, emit=emit)
+    return jnp.swapaxes(final[:, 0 if reverse else -1], -1, -2), o, saved
+
+
+def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
+    """Outputs, final state, and for `backward` if asked the states that enter pairs of chunks.
+
+    Args:
+      scale: multiplies q.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16.
+      log_decay: [B, T, H, 1] float32, None for no decay. Factors below exp(-128) count as exp(-128), which is 0.
+      reset: bool [B, T], drops the state before the token is read; or None.
+      state: [B, H, K, V] float32.
+      save: whether `backward` will be called.
+      interpret: run by the interpreter: True, or its `InterpretGPUParams`.
+
+    Returns:
+      o [B, T, H, V] in the dtype of v; the final state, float32; what `backward` needs, None unless save.
+    """
+    length = q.shape[1]
+    q, k, v = (_padded(x) for x in (q, k, v))
+    decays = partial(_segment_decays, log_decay, reset)
+    rows = _rows(log_decay, reset, length, C)
+    final, o, saved = _walked(_Call(interpret), k, v, rows, state, decays, scale=scale, q=q, emit=save)
+    return o[:, :length], final, saved
+
+
+def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=False):
+    """Gradients of `forward`.
+
+    Args:
+      scale, q, k, v, log_decay, reset, interpret: as for `forward`; saved: what it returned.
+      do: [B, T, H, V]; d_final: [B, H, K, V] float32.
+
+    Returns:
+      dq, dk, dv in their dtypes; d log_decay, float32 (None without); the gradient of the initial state, float32.
+    """
+    call, length = _Call(interpret), q.shape[1]
+    q, k, v, do = (_padded(x) for x in (q, k, v, do))
+    decays = partial(_segment_decays, log_decay, reset)
+    rows = _rows(log_decay, reset, length, C)
+    d_state, _, d_leaving = _walked(call, q, do, rows, d_final, decays, scale=scale, emit=True, reverse=True)
+    dq, dk, dv, *sums = _gradients(call, q, k, v, do, _rows(log_decay, reset, length, PAIR), saved, d_leaving, scale=scale)
+    dg = None
+    if log_decay is not None:
+        flow, common = sums
+        dg = jnp.sum(jnp.where(jnp.tri(PAIR, dtype=bool), flow[..., None], 0.0), axis=-2) + jnp.sum(common, -1, keepdims=True)
+        dg = dg.reshape(*dg.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]
+        if reset is not None:
+            dg = jnp.where(reset[..., None, None], 0.0, dg)
+    return dq[:, :length], dk[:, :length], dv[:, :length], dg, d_state
+
+
+def _value_blocks(walks, V):
+    """Into how many blocks to split the value channels, so that there are enough walks for the chip."""
+    return 1 if V == C or walks >= SMS else V // C

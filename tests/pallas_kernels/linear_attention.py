@@ -1,0 +1,56 @@
+"""Inputs of linear attention that are hard for its kernels, and what the recurrent form makes of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.ops.linear_attention import _run
+
+DECAYS = np.array([0.0, -1e-7, -0.01, -0.3, -2.0, -20.0, -80.0, -np.inf])
+NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "d state")
+KINDS = ("none", "scalar", "vector")
+# rms of the difference over rms of the reference
+TOLERANCES = {
+    "float32": dict.fromkeys(NAMES, 2e-5),
+    "bfloat16": {"o": 0.005, "final state": 0.005, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dg": 0.02, "d state": 0.01},
+}
+
+
+def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0):
+    """Similar keys, decays from exactly 0 to -80 and -inf in one chunk, resets at token 0 too, a state and cotangents."""
+    rng = np.random.default_rng(seed)
+
+    def similar(width):
+        return (rng.normal(size=(B, 1, H, width)) + 0.3 * rng.normal(size=(B, T, H, width))) / np.sqrt(width)
+
+    low = [jnp.asarray(x, dtype) for x in (similar(K), similar(K), rng.normal(size=(B, T, H, V)))]
+    often = [0.25, 0.1, 0.3, 0.25, 0.04, 0.02, 0.02, 0.02]
+    g = None
+    if kind != "none":
+        g = jnp.asarray(rng.choice(DECAYS, p=often, size=(B, T, H, 1 if kind == "scalar" else K)), jnp.float32)
+    reset = jnp.asarray(rng.random((B, T)) < 0.06).at[0, 0].set(True)
+    state, d_final = (jnp.asarray(rng.normal(size=(B, H, K, V)), jnp.float32) for _ in range(2))
+    return (*low, g), reset, state, jnp.asarray(rng.normal(size=(B, T, H, V)), dtype), d_final
+
+
+def reference(inputs, reset, state, do, d_final):
+    """The same of the recurrent form in float32, on the same values."""
+    inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    scale = inputs[0].shape[-1] ** -0.5
+    (o, final), pull = jax.vjp(lambda inputs, state: _run(scale, "recurrent", 16, inputs, reset, state), inputs, state)
+    d_inputs, d_state = pull((do.astype(jnp.float32), d_final))
+    return o, final, *d_inputs, d_state
+
+
+def assert_close(got, expected, dtype):
+    for name, x, y in zip(NAMES, got, expected, strict=True):
+        if y is None:
+            assert x is None
+            continue
+        assert x.shape == y.shape, name
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if not y.any():  # a reset at the first token leaves the initial state no gradient
+            np.testing.assert_array_equal(x, y, name)
+            continue
+        error = np.sqrt(np.mean((x - y) ** 2)) / np.sqrt(np.mean(y**2))
+        assert error < TOLERANCES[dtype][name], (name, error)

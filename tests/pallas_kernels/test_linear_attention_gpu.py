@@ -1,0 +1,144 @@
+"""GPU kernels of linear attention: by the interpreter with its race detection, by the compiler for Hopper, and on a GPU."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxlm.ops import kernels
+from jaxlm.ops.forms import choose
+from jaxlm.ops.linear_attention import linear_attention
+from pallas_kernels import aot
+from pallas_kernels.linear_attention import gpu
+from tests.pallas_kernels.linear_attention import arrays, assert_close, reference
+
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def run(inputs, reset, state, do, d_final, interpret):
+    """Outputs and gradients of the kernels."""
+    scale = inputs[0].shape[-1] ** -0.5
+
+    @jax.jit
+    def both(inputs, state, do, d_final):
+        o, final, saved = gpu.forward(scale, *inputs, reset, state, save=True, interpret=interpret)
+        return o, final, *gpu.backward(scale, *inputs, reset, saved, do, d_final, interpret=interpret)
+
+    return both(inputs, state, do, d_final)
+
+
+CASES = [
+    # kind, T, H, K, V, resets, segments of time
+    ("scalar", 300, 1, 64, 128, True, 1),
+    ("scalar", 700, 1, 128, 64, False, 2),
+    ("none", 130, 2, 64, 64, True, 1),
+]
+MORE = [
+    ("scalar", 1100, 1, 128, 128, True, 3),
+    ("scalar", 64, 3, 128, 128, True, 1),
+    ("none", 1, 2, 128, 128, False, 1),
+    ("none", 260, 2, 128, 128, False, 1),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
+def test_values_gradients_and_no_races(case, monkeypatch):
+    *sizes, resets, segments = case
+    inputs, reset, *rest = arrays(*sizes, B=1, dtype="bfloat16")
+    # A chip of as many multiprocessors as make that many segments.
+    monkeypatch.setattr(gpu, "SMS", segments * sizes[2] * (sizes[4] // gpu.C))
+    reset = reset if resets else None
+    got = run(inputs, reset, *rest, interpret=RACES)
+    assert got[0].dtype == inputs[2].dtype
+    assert [x.dtype for x in got[2:5]] == [x.dtype for x in inputs[:3]]
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+
+
+def test_later_tokens_change_no_earlier_bit():
+    inputs, reset, state, *_ = arrays("scalar", 150, 1, 64, 64, B=1, dtype="bfloat16")
+    other = arrays("scalar", 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
+    forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=True))
+    o = forward(*inputs, reset, state)[0]
+    for t in (3, 64, 100):
+        changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), inputs, other)
+        np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
+
+
+def test_the_op_calls_the_kernel(monkeypatch):
+    (q, k, v, g), *_ = arrays("scalar", 150, 2, 64, 64, B=2, dtype="bfloat16")
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, 150)), axis=1))
+    calls = []
+    forward = gpu.forward
+    monkeypatch.setattr(gpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
+
+    def loss(form):
+        def of(q, k, v, g):
+            o, state = linear_attention(q, k, v, g[..., 0], segment_ids=ids, form=form)
+            return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.sin(state)), (o, state)
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(of, (0, 1, 2, 3), has_aux=True))(q, k, v, g)
+        return *out, *gradients
+
+    expected = loss("recurrent")
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+        got = loss("auto")
+    assert calls == [(2, 150, 2, 64)]
+    for x, y in zip(got, expected, strict=True):
+        x, y = (np.asarray(x, np.float64) for x in (x, y))
+        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"chip": "NVIDIA A100-SXM4-40GB"}, "made for Hopper"),
+        ({"decay": "vector"}, "not one of every channel"),
+        ({"head_dim": 256}, "K and V in (64, 128), not K=256, V=64"),
+        ({"dtype": jnp.float32}, "takes bfloat16, not float32"),
+    ],
+    ids=str,
+)
+def test_where_the_kernel_joins(change, reason):
+    known = {"head_dim": 64, "value_dim": 64, "heads": 4, "decay": "scalar", "dtype": jnp.bfloat16, "T": 512}
+    known |= {"chip": "NVIDIA H100 80GB HBM3"} | change
+    choice = choose("linear_attention", "auto", platform="gpu", **known)
+    assert choice.form == ("kernel" if reason is None else "chunked")
+    assert reason is None or reason in choice.reason
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
+)
+
+
+@pytest.mark.aot
+@needs_compiler
+@pytest.mark.parametrize("kind", ["none", "scalar"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiles_without_spills(kind, direction):
+    case = {"op": "linear_attention", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
+    names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}
+    for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}):
+        found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
+        assert sorted(kernel["name"] for kernel in found) == [f"linear_attention_{name}" for name in names[direction]]
+        for kernel in found:
+            assert kernel["registers"] <= 255
+            assert kernel["spill_bytes"] <= (64 if change else 0), kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *MORE, ("scalar", 2048, 70, 128, 128, True, None)], ids=str)
+def test_on_the_device(case):
+    *sizes, resets, _ = case
+    inputs, reset, *rest = arrays(*sizes, dtype="bfloat16")
+    reset = reset if resets else None
+    got = run(inputs, reset, *rest, interpret=False)
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+    again = run(inputs, reset, *rest, interpret=False)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
