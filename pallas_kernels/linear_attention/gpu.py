@@ -1,6 +1,6 @@
 """Chunked linear attention on Hopper GPUs (Mosaic GPU): S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale q_t S_t.
 
-No decay or one of every head. Three kernels:
+Without decay or with one of every head, three kernels:
 
 - forward: a warpgroup walks a head's chunks of 64 tokens in order with 64 value channels of the state, transposed, in
   registers. q, k and v come by the copy engine two or three chunks ahead. Scores weighed by exp(b_i - b_j) and the state's part
@@ -14,6 +14,17 @@ the states that enter them follow, and a second walk starts from those.
 
 What decays do within chunks comes as rows of sums, 4 bytes a token and head; dg is the reverse sum over a pair of chunks of the
 rows of q dq - k dk, plus what the state that leaves and its cotangent have in common.
+
+With a decay of every channel of K, also three:
+
+- scores: every chunk of 64 tokens on its own. Scores factorise over a binary tree of blocks (as in
+  `jaxlm.ops.linear_attention`): a level is one array z, the queries of right halves and the keys of left halves, scaled by
+  products of decays within their halves, and z z^T holds its scores. Exponents are sums of log decays over ranges, made by
+  matrix products with zeros and ones, and never differences: any decay is safe. It writes the scores, and q and k times the
+  decays up to and after every token, so that
+- forward, and in reverse backward states, walk the chunks without any decay but the chunk's own; in reverse it also makes dv.
+- backward: every chunk and 64 of its channels on its own, for dq, dk and dg, level by level as above: the gradient of all
+  pairs of a level is one product of their cotangents, either way round, with z.
 """
 
 from __future__ import annotations
@@ -49,8 +60,6 @@ def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str |
     and rules nothing out."""
     if not any(name in chip for name in CHIPS):
         return f"the GPU kernel is made for Hopper ({', '.join(CHIPS)}), not for {chip or 'an unknown chip'}"
-    if decay == "vector":
-        return "the GPU kernel takes one decay of a head or none, not one of every channel"
     if any(x is not None and x not in DIMS for x in (K, V)):
         return f"the GPU kernel has K and V in {DIMS}, not K={K}, V={V}"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -468,6 +477,365 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
     return call(body, "linear_attention_backward", grid, operands, out_type, scratch, 2)
 
 
+class _Levels:
+    """The tree of pairs of tokens in a chunk, and what decays of channels do at its levels. A level s splits blocks of 2s
+    tokens into a left and a right half.
+
+    Sums of log decays over ranges of tokens are products with matrices of zeros and ones. Those come from arithmetic on their
+    16-bit numbers, two of which make an instruction, rather than from comparisons.
+    """
+
+    def __init__(self, call, dtype):
+        self.call, self.dtype = call, dtype  # that of `partners`
+        self.i, self.j = _iota((C, C), 0), _iota((C, C), 1)
+        self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
+
+    def _inside(self, low, high, dtype):
+        """1 where low <= j <= high for column j, else 0, of numbers for every row."""
+        j = self.j.astype(dtype)
+        from_low = j - _by_row((low - 1).astype(dtype), (C, C))
+        to_high = _by_row((high + 1).astype(dtype), (C, C)) - j
+        return jnp.minimum(jnp.maximum(jnp.minimum(from_low, to_high), jnp.zeros((), dtype)), jnp.ones((), dtype))
+
+    def right(self, s):
+        return (self.i & s) != 0
+
+    def factors(self, sums, s):
+        """Products of decays at a level, for each of the arrays of log decays: over the left half after a key, over the right
+        half up to a query. They are float16 numbers of powers of 2, errors of 2^-12 each, since all summands have one sign."""
+        start = self.row & -s
+        right = (self.row & s) != 0
+        return self._factors(sums, jnp.where(right, start, self.row + 1), jnp.where(right, self.row, start + (s - 1)))
+
+    def before(self, sums):
+        """Over the chunk up to each token."""
+        return self._factors(sums, self.row & 0, self.row)
+
+    def after(self, sums):
+        """Over the chunk after each token."""
+        return self._factors(sums, self.row + 1, self.row | (C - 1))
+
+    def _factors(self, sums, low, high):
+        chosen = self._inside(low, high, jnp.float16)
+        return (jnp.exp2(self.call.dot((chosen, g))) for g in sums)
+
+    def pairs(self, s):
+        """The pairs of a query, the row, and a key that part at a level."""
+        apart = self.i ^ self.j
+        return (apart >= s) & (apart < 2 * s) & self.right(s)
+
+    def partners(self, s):
+        """1 for the pairs of a level, either way round, else 0."""
+        other = (self.row & -s) ^ s
+        return self._inside(other, other + (s - 1), self.dtype)
+
+
+LEVELS = tuple(1 << n for n in range(C.bit_length() - 1))
+
+
+def _prepare_channels(call, q, k, g, start, *, scale):
+    """What a decay of every channel does within chunks.
+
+    Args:
+      q, k: [B, T, H, K]; g: [B, T, H, K] float32, powers of 2; start: [B, N, C] as in `_rows`, or None.
+
+    Returns:
+      scale q times the decays up to each token; k times those after it; the scores [B, H, N, C, C]; and the decays of whole
+      chunks [B, H, N, K] float32, as powers of 2.
+    """
+    B, T, H, K = q.shape
+    tiles = range(K // C)
+    dtype = q.dtype
+    scratch = {name: [_tile((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
+    scratch |= {
+        "g_s": [_tile((C, C), F32)] * len(tiles), "sum_s": [_tile((C, C), jnp.float16)] * len(tiles),
+        "total_s": plgpu.SMEM((K,), F32), "full": plgpu.Barrier(num_arrivals=3 * len(tiles)),
+    }  # fmt: skip
+    operands = [q, k, g]
+    if start is not None:
+        operands.append(start)
+        scratch |= {
+            "rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32), "started": plgpu.Barrier(num_arrivals=2),
+        }  # fmt: skip
+    N = T // C
+    out_type = [
+        jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape, dtype),
+        jax.ShapeDtypeStruct((B, H, N, C, C), dtype), jax.ShapeDtypeStruct((B, H, N, K), F32),
+    ]  # fmt: skip
+
+    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, g_s, sum_s, total_s, full, rows_s=None, columns_s=None, started=None):
+        refs = list(refs)
+        start_ref = refs.pop(0) if start is not None else None
+        qb_ref, ka_ref, p_ref, total_ref = refs
+        h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
+        tokens = pl.ds(n * C, C)
+        columns = [pl.ds(tile * C, C) for tile in tiles]
+        for tile in tiles:
+            for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
+        levels = _Levels(call, dtype)
+        together = starts = None
+        if start is not None:
+            for to in (rows_s, columns_s):
+                plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, started)
+            plgpu.barrier_wait(started)
+            starts = _by_row(_load(rows_s, ROWS), (C, C))
+            together = starts == _by_column(_load(columns_s, COLS), (C, C))
+        plgpu.barrier_wait(full)
+        for tile in tiles:
+            g = _load(g_s[tile])
+            sum_s[tile][...] = g.astype(jnp.float16)
+            lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
+            total_s.at[columns[tile]][...] = jnp.sum(g, axis=0) + lost
+        plgpu.commit_smem()
+        scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
+        for size in LEVELS:
+            for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
+                mixed = jnp.where(levels.right(size), _load(q_s[tile]), _load(k_s[tile])).astype(F32)
+                z_s[tile][...] = (mixed * factor).astype(dtype)
+            plgpu.commit_smem()
+            scores = jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
+        scores = scores * scale
+        if together is not None:
+            scores = jnp.where(together, scores, 0.0)
+        for tile, before, after in zip(tiles, levels.before(sum_s), levels.after(sum_s), strict=True):
+            before = before * scale
+            if start is not None:
+                before = jnp.where(starts < 0, before, 0.0)
+                after = jnp.where(starts == rows_s[C - 1], after, 0.0)
+            q_s[tile][...] = (_load(q_s[tile]).astype(F32) * before).astype(dtype)
+            k_s[tile][...] = (_load(k_s[tile]).astype(F32) * after).astype(dtype)
+        z_s[0][...] = scores.astype(dtype)
+        plgpu.commit_smem()
+        for tile in tiles:
+            plgpu.copy_smem_to_gmem(q_s[tile], qb_ref.at[b, tokens, h, columns[tile]])
+            plgpu.copy_smem_to_gmem(k_s[tile], ka_ref.at[b, tokens, h, columns[tile]])
+        plgpu.copy_smem_to_gmem(total_s, total_ref.at[b, h, n])
+        plgpu.copy_smem_to_gmem(z_s[0], p_ref.at[b, h, n])
+        plgpu.wait_smem_to_gmem(0)
+
+    grid = {"h": H, "n": N, "b": B}
+    return call(body, "linear_attention_channels_scores", grid, operands, out_type, scratch, 1)
+
+
+def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, emit=False, reverse=False):
+    """`_walk` for a decay of every channel, whose factors `_prepare_channels` has applied: h <- total h + y^T x.
+
+    Args:
+      x: [B, T, H, K]; y: [B, T, H, V]; total: [B, H, N, K], as powers of 2.
+      q, scores: also return q h + P y, or in reverse q h + P^T y, with scores P [B, H, N, C, C].
+      emit: also return the state at every chunk [B, N, H, V, K] in x's dtype, before it takes part.
+    """
+    B, T, H, K = x.shape
+    V = y.shape[-1]
+    chunks = T // C
+    each = -(-chunks // segments)
+    blocks = _value_blocks(B * H * segments, V)
+    wgs = V // blocks // C
+    stages = 3
+    dtype = x.dtype
+    outputs = q is not None
+    out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
+    scratch = {
+        "x_s": _tile((stages, C, K), dtype), "y_s": _tile((stages, wgs, C, C), dtype), "total_s": plgpu.SMEM((stages, K), F32),
+        "full": plgpu.Barrier(num_arrivals=2 + wgs + 2 * outputs, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
+    }  # fmt: skip
+    operands = [x, y, total, state]
+    if outputs:
+        operands += [q, scores]
+        out_type.append(jax.ShapeDtypeStruct((B, T, H, V), y.dtype))
+        scratch |= {"q_s": _tile((stages, C, K), dtype), "p_s": _tile((stages, C, C), dtype)}
+        scratch["o_s"] = _tile((wgs, C, C), y.dtype)
+    if emit:
+        out_type.append(jax.ShapeDtypeStruct((B, chunks, H, V, K), dtype))
+    if emit or outputs:
+        scratch["h_s"] = _tile((wgs, C, K), dtype)
+
+    def body(x_ref, y_ref, total_ref, state_ref, *refs, x_s, y_s, total_s, full, empty, done, q_s=None, p_s=None, o_s=None,
+             h_s=None):
+        refs = list(refs)
+        q_ref, p_ref = (refs.pop(0), refs.pop(0)) if outputs else (None, None)
+        final_ref = refs.pop(0)
+        o_ref = refs.pop(0) if outputs else None
+        h_ref = refs.pop(0) if emit else None
+        b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
+        wg = lax.axis_index("wg")
+        first, last = s * each, jnp.minimum((s + 1) * each, chunks)
+        count = jnp.maximum(last - first, 0)
+        values = [(block * wgs + i) * C for i in range(wgs)]
+        mine = pl.ds((block * wgs + wg) * C, C)
+
+        def chunk(n):
+            return last - 1 - n if reverse else first + n
+
+        def fetch(n):
+            slot, at = lax.rem(n, stages), chunk(n)
+            tokens, bar = pl.ds(at * C, C), full.at[slot]
+            plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h], x_s.at[slot], bar)
+            for i in range(wgs):
+                plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, pl.ds(values[i], C)], y_s.at[slot, i], bar)
+            plgpu.copy_gmem_to_smem(total_ref.at[b, h, at], total_s.at[slot], bar)
+            if outputs:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
+                plgpu.copy_gmem_to_smem(p_ref.at[b, h, at], p_s.at[slot], bar)
+
+        @pl.when(wg == 0)
+        def _():
+            for n in range(stages - 1):
+                pl.when(n < count)(lambda n=n: fetch(jnp.int32(n)))
+
+        def step(n, st):
+            slot = lax.rem(n, stages)
+            ahead = n + stages - 1
+
+            @pl.when((wg == 0) & (ahead < count))
+            def _():
+                if wgs > 1:
+                    @pl.when(n > 0)
+                    def _():
+                        plgpu.barrier_wait(empty.at[lax.rem(ahead, stages)])
+                fetch(ahead)
+
+            plgpu.barrier_wait(full.at[slot])
+            x_c, y_c = x_s.at[slot], y_s.at[slot, wg]
+            if emit or outputs:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                h_s.at[wg][...] = st.astype(dtype)
+                plgpu.commit_smem()
+            if emit:
+                plgpu.copy_smem_to_gmem(h_s.at[wg], h_ref.at[b, chunk(n), h, mine])
+            if outputs:
+                p_c = p_s.at[slot]
+                o = call.dot((q_s.at[slot], h_s.at[wg].T), (p_c.T if reverse else p_c, y_c))
+                o_s.at[wg][...] = o.astype(o_s.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(o_s.at[wg], o_ref.at[b, pl.ds(chunk(n) * C, C), h, mine])
+            kept = _by_column(jnp.exp2(_load(total_s.at[slot], COLS)), st.shape)
+            st = call.dot((y_c.T, x_c), init=st * kept)
+            plgpu.commit_smem()  # what this chunk's memory held has been read before the copy engine fills it again
+            if wgs > 1:
+                @pl.when(n + stages < count)
+                def _():
+                    plgpu.barrier_arrive(empty.at[slot])
+            return st
+
+        st = lax.fori_loop(0, count, step, plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False))
+        final_ref.at[b, s, h, mine][...] = st
+        if emit or outputs:
+            plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+    grid = {"b": B, "h": H, "s": segments, "v": blocks}
+    name = "linear_attention_channels_" + ("backward_states" if reverse else "forward" if outputs else "states")
+    final, *rest = call(body, name, grid, operands, out_type, scratch, wgs)
+    o = rest.pop(0) if outputs else None
+    return final, o, rest.pop(0) if emit else None
+
+
+def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
+    """dq, dk and dg of every chunk and tile of channels, for a decay of every channel.
+
+    Args:
+      q, k: [B, T, H, K]; v, do: [B, T, H, V]; g, start: as `_prepare_channels` takes them; h, dh: [B, N, H, V, K].
+
+    Returns:
+      dq, dk, and dg [B, T, H, K] float32.
+    """
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    dtype = q.dtype
+    out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)]
+    scratch = {name: _tile((C, C), dtype) for name in ("q_s", "k_s", "z_s")}
+    scratch |= {name: _tile((C, V), dtype) for name in ("v_s", "do_s")}
+    scratch |= {name: _tile((V, C), dtype) for name in ("h_s", "dh_s")}
+    scratch |= {
+        "g_s": _tile((C, C), F32), "sum_s": _tile((C, C), jnp.float16),
+        "full": plgpu.Barrier(num_arrivals=7 + (0 if start is None else 2)),
+    }  # fmt: skip
+    operands = [q, k, v, do, g, h, dh]
+    if start is not None:
+        operands.append(start)
+        scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
+
+    def body(q_ref, k_ref, v_ref, do_ref, g_ref, h_ref, dh_ref, *refs, q_s, k_s, z_s, v_s, do_s, h_s, dh_s, g_s, sum_s, full,
+             rows_s=None, columns_s=None):
+        refs = list(refs)
+        start_ref = refs.pop(0) if start is not None else None
+        dq_ref, dk_ref, dg_ref = refs
+        hd, n, b = lax.div(lax.axis_index("h"), K // C), lax.axis_index("n"), lax.axis_index("b")
+        columns = pl.ds(lax.rem(lax.axis_index("h"), K // C) * C, C)
+        tokens = pl.ds(n * C, C)
+        for ref, to in ((do_ref, do_s), (v_ref, v_s)):
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd], to, full)
+        for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, columns], to, full)
+        for ref, to in ((h_ref, h_s), (dh_ref, dh_s)):
+            plgpu.copy_gmem_to_smem(ref.at[b, n, hd, pl.ds(0, V), columns], to, full)
+        for to in (rows_s, columns_s):
+            if to is not None:
+                plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
+        plgpu.barrier_wait(full)
+        levels = _Levels(call, dtype)
+        i, j = levels.i, levels.j
+        # Rows are the later or the earlier token of a pair: its cotangent of scores, either way round.
+        both = jnp.where(i >= j, call.dot((do_s, v_s.T)), call.dot((v_s, do_s.T))) * scale
+        starts = None
+        if start is not None:
+            starts = _by_row(_load(rows_s, ROWS), (C, C))
+            both = jnp.where(starts == _by_column(_load(columns_s, COLS), (C, C)), both, 0.0)
+        own = _by_row(jnp.sum(jnp.where(i == j, both, 0.0), axis=1), (C, C))
+        both = both.astype(dtype)
+        g = _load(g_s)
+        sum_s[...] = g.astype(jnp.float16)
+        total = jnp.exp2(jnp.sum(g, axis=0))
+        plgpu.commit_smem()
+        dq, dk = own * _load(k_s).astype(F32), own * _load(q_s).astype(F32)
+        for size in LEVELS:
+            right = levels.right(size)
+            [factor] = levels.factors([sum_s], size)
+            z_s[...] = (jnp.where(right, _load(q_s), _load(k_s)).astype(F32) * factor).astype(dtype)
+            plgpu.commit_smem()
+            d_mixed = factor * call.dot((both * levels.partners(size), z_s))
+            dq, dk = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)
+        [before], [after] = levels.before([sum_s]), levels.after([sum_s])
+        before = before * scale
+        if start is not None:
+            before = jnp.where(starts < 0, before, 0.0)
+            after = jnp.where(starts == rows_s[C - 1], after, 0.0)
+        dq = dq + before * call.dot((do_s, h_s))
+        dk_later = after * call.dot((v_s, dh_s))
+        dk = dk + dk_later
+        q_f, k_f = _load(q_s).astype(F32), _load(k_s).astype(F32)
+        # What the leaving state and its cotangent have in common.
+        common = jnp.sum(dk_later * k_f, axis=0)
+        if start is not None:
+            total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
+        for value in range(0, V, C):
+            part = pl.ds(value, C)
+            common = common + total * jnp.sum(_load(h_s.at[part]).astype(F32) * _load(dh_s.at[part]).astype(F32), axis=0)
+        flow = q_f * dq - k_f * dk
+        q_s[...] = dq.astype(dtype)
+        k_s[...] = dk.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, columns])
+        plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, columns])
+        # Sums of the flow over the tokens from each on.
+        z_s[...] = flow.astype(dtype)
+        plgpu.commit_smem()
+        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + _by_column(common, (C, C))
+        if start is not None:
+            dg = jnp.where(starts == i.astype(F32), 0.0, dg)
+        g_s[...] = dg
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(g_s, dg_ref.at[b, tokens, hd, columns])
+        plgpu.wait_smem_to_gmem(0)
+
+    grid = {"h": H * (K // C), "n": T // C, "b": B}
+    return call(body, "linear_attention_channels_backward", grid, operands, out_type, scratch, 1)
+
+
 def _padded(x):
     return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % PAIR), *[(0, 0)] * (x.ndim - 2)))
 
@@ -500,20 +868,35 @@ def _entering(local, decays, state, *, reverse=False):
     return jnp.stack(entering, axis=1)
 
 
-def _walked(call, x, y, rows, state, decays, *, scale, q=None, emit, reverse=False):
-    """`_walk` from one state [B, H, K, V] over all of time; where there are few heads, in parallel segments of time whose
-    entering states a first walk finds."""
-    B, T, H, _ = x.shape
-    segments = max(1, min(SMS // (B * H * (y.shape[-1] // C)), T // PAIR // 4))
-    walk = partial(_walk, call, x, y, rows, segments=segments, scale=scale, reverse=reverse)
+def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
+    """A walk from one state [B, H, K, V] over all of time; where there are few heads, in parallel segments of time whose
+    entering states a first walk finds.
+
+    Args:
+      walk: `_walk` or `_walk_channels` of all but the states, the number of segments, and what follows here.
+      decays: of the number of segments and the tokens of one, `_segment_decays`.
+      shape: that of v; unit: tokens that a segment is a multiple of.
+    """
+    B, T, H, V = shape
+    segments = max(1, min(SMS // (B * H * (V // C)), T // PAIR // 4))
     state = jnp.swapaxes(state, -1, -2)
     states = state[:, None]
     if segments > 1:
         zeros = jnp.zeros((B, segments, *state.shape[1:]), F32)
-        local, *_ = walk(zeros)
-        states = _entering(local, decays(segments, -(-T // PAIR // segments) * PAIR), state, reverse=reverse)
-    final, o, saved = walk(states, q=q, emit=emit)
+        local, *_ = walk(zeros, segments, reverse=reverse)
+        states = _entering(local, decays(segments, -(-T // unit // segments) * unit), state, reverse=reverse)
+    final, o, saved = walk(states, segments, q=q, emit=emit, reverse=reverse)
     return jnp.swapaxes(final[:, 0 if reverse else -1], -1, -2), o, saved
+
+
+def _channels(log_decay, reset):
+    """Decays of every channel as powers of 2, and where the document of every token starts in its chunk."""
+    start = None if reset is None else _starts(reset, reset.shape[1], C)[:, 0].astype(F32)
+    return _padded(jnp.maximum(log_decay, FLOOR) * LOG2E), start
+
+
+def _is_vector(log_decay):
+    return log_decay is not None and log_decay.shape[-1] > 1
 
 
 def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
@@ -522,7 +905,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
     Args:
       scale: multiplies q.
       q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16.
-      log_decay: [B, T, H, 1] float32, None for no decay. Factors below exp(-128) count as exp(-128), which is 0.
+      log_decay: [B, T, H, 1 or K] float32, None for no decay. Factors below exp(-128) count as exp(-128), which is 0.
       reset: bool [B, T], drops the state before the token is read; or None.
       state: [B, H, K, V] float32.
       save: whether `backward` will be called.
@@ -531,11 +914,16 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
     Returns:
       o [B, T, H, V] in the dtype of v; the final state, float32; what `backward` needs, None unless save.
     """
-    length = q.shape[1]
+    call, length = _Call(interpret), q.shape[1]
     q, k, v = (_padded(x) for x in (q, k, v))
+    unit = PAIR
+    if _is_vector(log_decay):
+        q, k, scores, total = _prepare_channels(call, q, k, *_channels(log_decay, reset), scale=scale)
+        walk, unit = partial(_walk_channels, call, k, v, total, scores=scores), C
+    else:
+        walk = partial(_walk, call, k, v, _rows(log_decay, reset, length, C), scale=scale)
     decays = partial(_segment_decays, log_decay, reset)
-    rows = _rows(log_decay, reset, length, C)
-    final, o, saved = _walked(_Call(interpret), k, v, rows, state, decays, scale=scale, q=q, emit=save)
+    final, o, saved = _walked(walk, state, decays, v.shape, unit, q=q, emit=save)
     return o[:, :length], final, saved
 
 
@@ -552,8 +940,15 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
     call, length = _Call(interpret), q.shape[1]
     q, k, v, do = (_padded(x) for x in (q, k, v, do))
     decays = partial(_segment_decays, log_decay, reset)
-    rows = _rows(log_decay, reset, length, C)
-    d_state, _, d_leaving = _walked(call, q, do, rows, d_final, decays, scale=scale, emit=True, reverse=True)
+    if _is_vector(log_decay):
+        g, start = _channels(log_decay, reset)
+        scaled_q, scaled_k, scores, total = _prepare_channels(call, q, k, g, start, scale=scale)
+        walk = partial(_walk_channels, call, scaled_q, do, total, scores=scores)
+        d_state, dv, d_leaving = _walked(walk, d_final, decays, v.shape, C, q=scaled_k, emit=True, reverse=True)
+        dq, dk, dg = _gradients_channels(call, q, k, v, do, g, start, saved, d_leaving, scale=scale)
+        return *(x[:, :length] for x in (dq, dk, dv, dg)), d_state
+    walk = partial(_walk, call, q, do, _rows(log_decay, reset, length, C), scale=scale)
+    d_state, _, d_leaving = _walked(walk, d_final, decays, v.shape, PAIR, emit=True, reverse=True)
     dq, dk, dv, *sums = _gradients(call, q, k, v, do, _rows(log_decay, reset, length, PAIR), saved, d_leaving, scale=scale)
     dg = None
     if log_decay is not None:

@@ -14,7 +14,7 @@ from jaxlm.ops.forms import choose
 from jaxlm.ops.linear_attention import linear_attention
 from pallas_kernels import aot
 from pallas_kernels.linear_attention import gpu
-from tests.pallas_kernels.linear_attention import arrays, assert_close, reference
+from tests.pallas_kernels.linear_attention import KINDS, arrays, assert_close, reference
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 
@@ -36,8 +36,12 @@ CASES = [
     ("scalar", 300, 1, 64, 128, True, 1),
     ("scalar", 700, 1, 128, 64, False, 2),
     ("none", 130, 2, 64, 64, True, 1),
+    ("vector", 130, 1, 64, 128, True, 1),
+    ("vector", 700, 1, 64, 64, False, 4),
 ]
 MORE = [
+    ("vector", 200, 1, 128, 128, True, 2),
+    ("vector", 65, 2, 128, 64, False, 1),
     ("scalar", 1100, 1, 128, 128, True, 3),
     ("scalar", 64, 3, 128, 128, True, 1),
     ("none", 1, 2, 128, 128, False, 1),
@@ -58,9 +62,10 @@ def test_values_gradients_and_no_races(case, monkeypatch):
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
 
 
-def test_later_tokens_change_no_earlier_bit():
-    inputs, reset, state, *_ = arrays("scalar", 150, 1, 64, 64, B=1, dtype="bfloat16")
-    other = arrays("scalar", 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_later_tokens_change_no_earlier_bit(kind):
+    inputs, reset, state, *_ = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16")
+    other = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
     forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=True))
     o = forward(*inputs, reset, state)[0]
     for t in (3, 64, 100):
@@ -97,7 +102,7 @@ def test_the_op_calls_the_kernel(monkeypatch):
     [
         ({}, None),
         ({"chip": "NVIDIA A100-SXM4-40GB"}, "made for Hopper"),
-        ({"decay": "vector"}, "not one of every channel"),
+        ({"decay": "vector"}, None),
         ({"head_dim": 256}, "K and V in (64, 128), not K=256, V=64"),
         ({"dtype": jnp.float32}, "takes bfloat16, not float32"),
     ],
@@ -118,17 +123,22 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.aot
 @needs_compiler
-@pytest.mark.parametrize("kind", ["none", "scalar"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_compiles_without_spills(kind, direction):
+def test_compiles_for_hopper(kind, direction):
     case = {"op": "linear_attention", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
-    names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}
+    names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}[direction]
+    # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
+    spills = {"linear_attention_backward": 44}
+    if kind == "vector":
+        names = [f"channels_{name}" for name in (*names, "scores")]
+        spills = {"linear_attention_channels_scores": 500, "linear_attention_channels_backward": 1000}
     for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
-        assert sorted(kernel["name"] for kernel in found) == [f"linear_attention_{name}" for name in names[direction]]
+        assert sorted(kernel["name"] for kernel in found) == sorted(f"linear_attention_{name}" for name in names)
         for kernel in found:
-            assert kernel["registers"] <= 255
-            assert kernel["spill_bytes"] <= (64 if change else 0), kernel
+            allowed = spills.get(kernel["name"], 0) if kind == "vector" or change else 0
+            assert kernel["spill_bytes"] <= allowed, (change, kernel)
 
 
 @pytest.mark.gpu
