@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.ops import kernels
 from jaxlm.ops.chunks import (
     assemble,
     check_inputs,
@@ -82,14 +83,16 @@ def delta_rule(
       write: [B, T, H, V], with an erase gate alone.
       scale, initial_state, segment_ids: as in `linear_attention`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
-        gradient keeps the inputs and a few states, and recomputes one state a chunk) or "auto" (see `forms.choose`).
-      chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk.
+        gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPU; its
+        gradient keeps the inputs and a state a chunk) or "auto" (see `forms.choose`).
+      chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk. The kernel has its own.
 
     Returns:
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit, a chunk_size that is not a power of two, or an unknown form.
+      ValueError: on shapes that do not fit, a chunk_size that is not a power of two, an unknown form, or form="kernel"
+        where the kernel cannot run, with the reason.
     """
     check_inputs(q, {"k": k}, v, log_decay, initial_state, chunk_size)
     if beta.shape not in (q.shape[:3], q.shape):
@@ -111,11 +114,15 @@ def delta_rule(
     reset = None if segment_ids is None else resets(segment_ids)
 
     inputs = (q, k, v, beta, write, log_decay)
-    if form in ("auto", "chunked") and sequence.split(q.shape[1]):
-        run, transition = partial(_run, scale, "chunked", chunk_size), partial(_transition, chunk_size)
+    decay = "none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "vector"
+    form = choose(
+        "delta_rule", form, T=q.shape[1], dtype=jnp.result_type(q, k, v), heads=q.shape[2], head_dim=q.shape[3],
+        value_dim=v.shape[3], decay=decay, decoupled=write is not None,
+    ).form  # fmt: skip
+    if form in ("chunked", "kernel") and sequence.split(q.shape[1]):
+        run, transition = partial(_run, scale, form, chunk_size), partial(_transition, chunk_size)
         o, final_state = over_shards(run, transition, inputs, reset, state, **MATRIX)
         return o.astype(v.dtype), final_state
-    form = choose("delta_rule", form, T=q.shape[1], dtype=jnp.result_type(q, k, v)).form
     o, final_state = _run(scale, form, chunk_size, inputs, reset, state)
     return o.astype(v.dtype), final_state
 
@@ -192,6 +199,8 @@ def _run(scale, form: str, chunk_size: int, inputs, reset: Bool[Array, "B T"] | 
     q, k, v, beta, write, log_decay = inputs
     if form == "recurrent":
         return _recurrent(scale, q, k, v, beta, write, log_decay, reset, state)
+    if form == "kernel":
+        return kernels.matrix_recurrence("delta_rule", scale, (q, k, v, beta, log_decay), reset, state)
     chunks = _in_chunks(form, chunk_size, (q, k, v, beta, write, _with_resets(log_decay, reset, q, state.dtype)))
     run = _chunked if form == "chunked" else _forward
     o, final_state = run(scale, *chunks, state)

@@ -50,6 +50,7 @@ class Call:
     decay: str | None = None
     masked: bool = False
     cached: bool = False
+    decoupled: bool = False
 
 
 def _cudnn_attention_declines(call: Call) -> str | None:
@@ -72,6 +73,8 @@ def _pallas_declines(op: str, call: Call) -> str | None:
     module = kernels.module(op, call.platform)
     if module is None:
         return f"no Pallas kernel for {call.platform}"
+    if call.decoupled:
+        return f"the Pallas kernel of {op} has one gate beta, not one to erase and one to write"
     return module.declines(
         H=call.heads, K=call.head_dim, V=call.value_dim, dtype=call.dtype, decay=call.decay, chip=call.chip
     )  # fmt: skip
@@ -81,6 +84,7 @@ def _pallas_declines(op: str, call: Call) -> str | None:
 KERNELS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
     "attention": ("cuDNN flash attention", _cudnn_attention_declines),
     "linear_attention": ("Pallas kernel", partial(_pallas_declines, "linear_attention")),
+    "delta_rule": ("Pallas kernel", partial(_pallas_declines, "delta_rule")),
 }
 
 
@@ -106,7 +110,7 @@ def choose(
       platform: "cpu", "gpu" or "tpu"; None for that of the mesh, else the default backend's.
       chip: its device kind, likewise.
       known: fields of `Call`: heads, head_dim (K), value_dim (V), decay ("none", "scalar" or "vector"), masked (segment ids
-        are given), cached (a key/value cache is given).
+        are given), cached (a key/value cache is given), decoupled (gates of their own to erase and to write).
 
     Raises:
       ValueError: for an op or a form that is not there, with those that are; for form="kernel" where the kernel cannot

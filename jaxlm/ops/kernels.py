@@ -22,6 +22,7 @@ from jaxlm.parallel.context import active
 MODULES = {
     ("linear_attention", "tpu"): "pallas_kernels.linear_attention.tpu",
     ("linear_attention", "gpu"): "pallas_kernels.linear_attention.gpu",
+    ("delta_rule", "tpu"): "pallas_kernels.delta_rule.tpu",
 }
 
 _INTERPRETED: ContextVar[tuple[str, str] | None] = ContextVar("jaxlm_interpreted", default=None)

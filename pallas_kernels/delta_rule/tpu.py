@@ -1,0 +1,304 @@
+"""The chunked delta rule on TPUs: S' = exp(g_t) S_{t-1}, S_t = S' + beta_t k_t^T (v_t - k_t S'), o_t = scale q_t S_t.
+
+Without decay (DeltaNet) or with one of every head (Gated DeltaNet). The grid is (batch, groups of heads, chunks of C tokens),
+the last walked in order with the states h of a group in VMEM, transposed. With the products of decays up to a token, after it,
+over the chunk, and between tokens i and j (E_ij, i >= j):
+
+    A_ij = beta_i E_ij (k_i k_j^T) for i > j,   T = (I + A)^-1,
+    u = v - before * (k h),   written = T (beta * u),
+    o = scale (before * (q h) + P written),   h <- total h + k^T (after * written),   P_ij = E_ij (q_i k_j^T).
+
+The inverse doubles its blocks: with X the inverse of the blocks of s tokens and A_s the part of A that joins two of them,
+X - X A_s X is that of the blocks of 2s. Two matrix products depend on one another at each of log2(C) - 1 levels, so several
+heads go through every stage side by side, which hides their latency. In bfloat16 the left factor of those products is a sum of
+two bfloat16 numbers.
+
+Backward: the same grid in reverse with the cotangents of the states in VMEM. A step makes A, T and `written` again from the
+entering state and then, from d_written = P^T do + (after * k) dh and d_u = T^T d_written,
+
+    dA = -d_u written^T,  dv = beta d_u,  and what A, P, u, o and h give q, k, beta and h.
+
+dg is the reverse sum over the chunk of the rows q dq + k dk_read - k dk_write (keys read as queries do, in A and u, and are
+written), plus what the leaving state and its cotangent have in common. These sums cancel but for pairs with the decay between
+them, so every term is the product that the gradients are made of, with its roundings.
+
+Per token and head, K = V = C = 128, bf16: forward 6 K V + C (4 K + 4 V) + 2 / 3 C^2 for an inverse that does no work twice =
+240k FLOPs on 1,032 bytes; the inverse as it is made takes 24 C^2 more.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu
+from pallas_kernels.tpu import (
+    NN,
+    NT,
+    TN,
+    Layout,
+    Masks,
+    Shared,
+    call,
+    dot,
+    head_of,
+    heads_a_step,
+    iota,
+    prepared,
+    scaled,
+    times,
+)
+
+CHUNK = 128
+
+
+# The logical axes of what `forward` saves.
+SAVED_AXES = ("batch", None, "heads", None, None)
+
+
+def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
+    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
+    and rules nothing out."""
+    if decay == "vector":
+        return "the TPU kernel of the delta rule takes one decay of a head or none, not one of every channel"
+    return tpu.declines(H=H, K=K, V=V, dtype=dtype, decay=decay, chip=chip)
+
+
+def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk: int | None = None, interpret=False):
+    """Outputs, final state and what `backward` needs.
+
+    Args:
+      scale: multiplies q.
+      q, k: [B, T, H, K]; v: [B, T, H, V], bfloat16 or float32.
+      beta: [B, T, H, 1], float32.
+      log_decay: None or [B, T, H, 1], float32, <= 0.
+      reset: None or bool [B, T]: the state that such a token would continue is dropped.
+      state: [B, H, K, V] float32, enters token 0.
+      save: also return the states that enter the chunks.
+      chunk: C, a power of two from 16 on; None for 128, which suits the matrix units.
+      interpret: as for `pl.pallas_call`.
+
+    Returns:
+      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H, V, K] in q's dtype, or
+      None.
+    """
+    layout = Layout(q, v, _heads(q, v), chunk or CHUNK)
+    shape = jax.ShapeDtypeStruct
+    entering = jnp.swapaxes(state, -1, -2)
+    outputs = {
+        "o": (shape((layout.B, layout.chunks * layout.C, layout.H * layout.V), v.dtype), layout.token_spec(layout.V)),
+        "final": layout.states(shape(entering.shape, jnp.float32)),
+    }
+    if save:
+        outputs["saved"] = layout.states_of_chunks(shape((layout.B, layout.chunks, *entering.shape[1:]), q.dtype))
+    inputs = prepared(layout, q, k, v, log_decay, reset)
+    inputs |= {"beta": layout.rows(layout.padded(beta)[..., 0]), "state": layout.states(entering)}
+    results = call(
+        _forward_step, "delta_rule_forward", layout.grid, inputs, outputs,
+        {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}, interpret, scale=scale, n=layout.n,
+    )  # fmt: skip
+    return layout.unpadded(results["o"]), jnp.swapaxes(results["final"], -1, -2), results.get("saved")
+
+
+def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chunk: int | None = None, interpret=False):
+    """Gradients from the cotangents of o and of the final state.
+
+    Args:
+      scale, q, k, v, beta, log_decay, reset: as given to `forward`.
+      saved: as it returned it.
+      do: [B, T, H, V]; d_final: [B, H, K, V] float32.
+
+    Returns:
+      dq, dk, dv in the dtypes of q, k, v; dbeta, float32; dlog_decay, float32 or None; the gradient of the initial state,
+      float32.
+    """
+    layout = Layout(q, v, _heads(q, v), chunk or CHUNK, reverse=True)
+    shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
+    d_leaving = jnp.swapaxes(d_final, -1, -2)
+    inputs = prepared(layout, q, k, v, log_decay, reset) | {
+        "beta": layout.rows(layout.padded(beta)[..., 0]), "do": layout.tokens(do),
+        "entering": layout.states_of_chunks(saved), "d_final": layout.states(d_leaving),
+    }  # fmt: skip
+
+    def like(x):
+        return shape((layout.B, padded, layout.H * x.shape[-1]), x.dtype), layout.token_spec(x.shape[-1])
+
+    rows = shape((layout.B, layout.H // layout.n, layout.chunks, layout.n, layout.C), jnp.float32), layout.row_spec()
+    outputs = {"dq": like(q), "dk": like(k), "dv": like(v), "dbeta": rows}
+    outputs["d_state"] = layout.states(shape(d_leaving.shape, jnp.float32))
+    scratch = {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}
+    if log_decay is not None:
+        outputs["flow"] = rows
+    results = call(
+        _backward_step, "delta_rule_backward", layout.grid, inputs, outputs, scratch, interpret, scale=scale, n=layout.n
+    )  # fmt: skip
+
+    def of_rows(x):
+        return layout.unpadded(x.transpose(0, 2, 4, 1, 3).reshape(layout.B, padded, layout.H))
+
+    dq, dk, dv = (layout.unpadded(results[name]) for name in ("dq", "dk", "dv"))
+    dg = None if log_decay is None else of_rows(lax.cumsum(results["flow"], axis=4, reverse=True))
+    return dq, dk, dv, of_rows(results["dbeta"]), dg, jnp.swapaxes(results["d_state"], -1, -2)
+
+
+def _heads(q, v) -> int:
+    """How many go side by side: four of 128 channels in bfloat16, fewer where they would not fit the chip's memory."""
+    a_head = (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize
+    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], min(4, max(1, 2048 // a_head)))
+
+
+class _Chunk:
+    """What forward and backward make of one head's tokens and the state that enters, up to the inverse and from it."""
+
+    def __init__(self, refs, head: int, n: int, h, masks: Masks):
+        self.q, self.k, self.v = (head_of(refs[name], head, n) for name in ("q", "k", "v"))
+        self.decay = Shared(refs, head, masks)
+        self.beta = refs["beta"][0, 0, 0, head : head + 1].T
+        self.h = h.astype(self.q.dtype)
+        # Queries and keys meet the keys and the state together.
+        both = jnp.concatenate([self.q, self.k])
+        size = self.q.shape[0]
+        scores, reads = dot(both, self.k, NT), dot(both, self.h, NT)
+        weights = self.decay.weights
+        weights = jnp.where(masks.seen, jnp.float32(1), 0) if weights is None else weights
+        self.weights, self.strict = weights, jnp.where(masks.apart == 0, 0, weights)
+        self.scores, self.key_scores = scores[:size], scores[size:]
+        self.read, self.key_read = reads[:size], reads[size:]
+        self.A = self.beta * self.key_scores * self.strict
+
+    def write(self, inverse):
+        """What the tokens write into the state."""
+        self.T = inverse.astype(self.q.dtype)
+        self.u = self.v - times(self.decay.before, self.key_read)
+        self.written = dot(self.T, (self.beta * self.u).astype(self.T.dtype), NN)
+        self.written_low = self.written.astype(self.T.dtype)
+
+
+def _product(x, y, dtype):
+    """x y, of float32. In a bfloat16 kernel x is the sum of two bfloat16 numbers: rounding y alone keeps the inverse's errors
+    within those of its own rounding, rounding x would double them."""
+    if dtype == jnp.float32:
+        return dot(x, y, NN)
+    high, y = x.astype(dtype), y.astype(dtype)
+    return dot(high, y, NN) + dot((x - high).astype(dtype), y, NN)
+
+
+def _inverses(lower: list, masks: Masks, dtype) -> list:
+    """(I + A)^-1 of strictly lower triangular matrices, side by side."""
+    size = masks.size
+    identity = jnp.where(masks.apart == 0, jnp.float32(1), 0)
+    found = [identity - jnp.where(masks.at_level(1), A, 0) for A in lower]
+    s = 2
+    while s < size:
+        if s < 8:  # less than a tile of rows: all rows at once
+            level = masks.at_level(s)
+            halves = [_product(jnp.where(level, A, 0), X, dtype) for A, X in zip(lower, found, strict=True)]
+            found = [X - _product(X, Y, dtype) for X, Y in zip(found, halves, strict=True)]
+        else:
+            found = _doubled(lower, found, s, masks, dtype)
+        s *= 2
+    return found
+
+
+def _doubled(lower: list, found: list, s: int, masks: Masks, dtype) -> list:
+    """Blocks of s to blocks of 2s, of which the rows of right halves change."""
+    size = masks.size
+    rights = [slice(start + s, start + 2 * s) for start in range(0, size, 2 * s)]
+
+    def of_rights(x):
+        return jnp.concatenate([x[right] for right in rights]) if len(rights) > 1 else x[rights[0]]
+
+    level = of_rights(jnp.where(masks.at_level(s), 1, 0)) != 0
+    halves = [_product(jnp.where(level, of_rights(A), 0), X, dtype) for A, X in zip(lower, found, strict=True)]
+    zeros = jnp.zeros((s, size), jnp.float32)
+
+    def spread(x):
+        parts = []
+        for m in range(len(rights)):
+            parts += [zeros, x[m * s : (m + 1) * s]]
+        return jnp.concatenate(parts)
+
+    changes = [_product(of_rights(X), spread(Y), dtype) for X, Y in zip(found, halves, strict=True)]
+    return [X - spread(change) for X, change in zip(found, changes, strict=True)]
+
+
+def _forward_step(o, final, carry, state, *, scale, n, saved=None, **refs):
+    """One chunk of n heads."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        carry[...] = state[0]
+
+    masks = Masks(refs["q"].shape[1], refs.get("start"))
+    chunks = [_Chunk(refs, head, n, carry[head], masks) for head in range(n)]
+    if saved is not None:
+        for head, chunk in enumerate(chunks):
+            saved[0, 0, head] = chunk.h.astype(saved.dtype)
+    dtype = chunks[0].q.dtype
+    for head, (chunk, inverse) in enumerate(zip(chunks, _inverses([chunk.A for chunk in chunks], masks, dtype), strict=True)):
+        chunk.write(inverse)
+        inner = dot((chunk.scores * chunk.weights).astype(dtype), chunk.written_low, NN)
+        width = chunk.v.shape[-1]
+        o[0, :, pl.ds(head * width, width)] = (scale * (inner + times(chunk.decay.before, chunk.read))).astype(o.dtype)
+        carry[head] = times(chunk.decay.total, carry[head]) + dot(chunk.written_low, scaled(chunk.k, chunk.decay.after), TN)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        final[0] = carry[...]
+
+
+def _backward_step(do, entering, d_final, dq, dk, dv, dbeta, d_state, carry, *, scale, n, flow=None, **refs):
+    """One chunk of n heads; the last chunk comes first."""
+    step = pl.program_id(2)
+
+    @pl.when(step == 0)
+    def _():
+        carry[...] = d_final[0]
+
+    masks = Masks(refs["q"].shape[1], refs.get("start"))
+    chunks = [_Chunk(refs, head, n, entering[0, 0, head], masks) for head in range(n)]
+    dtype = chunks[0].q.dtype
+    for head, (c, inverse) in enumerate(zip(chunks, _inverses([c.A for c in chunks], masks, dtype), strict=True)):
+        c.write(inverse)
+        before, after, total = c.decay.before, c.decay.after, c.decay.total
+        size, keys, values = *c.k.shape, c.v.shape[-1]
+        doh, dh = head_of(do, head, n), carry[head]
+        dh_low = dh.astype(dtype)
+        scores = (scale * c.scores * c.weights).astype(dtype)
+        # What meets states, as products take it: dg is a difference of sums that cancel, so both have the same roundings.
+        q_reads, k_reads, k_writes = scaled(c.q, times(before, jnp.float32(scale))), scaled(c.k, before), scaled(c.k, after)
+        d_written = dot(scores, doh, TN) + dot(k_writes, dh_low, NT)
+        d_u = dot(c.T, d_written.astype(dtype), TN)
+        d_A = -dot(d_u.astype(dtype), c.written_low, NT) * c.strict
+        dvh = c.beta * d_u
+        dv_low = dvh.astype(dtype)
+        d_keys = (c.beta * d_A).astype(dtype)
+        d_scores = (scale * dot(doh, c.written_low, NT) * c.weights).astype(dtype)
+        within = dot(jnp.concatenate([d_scores, d_keys]), c.k, NN)
+        from_state = dot(jnp.concatenate([doh, dv_low]), c.h, NN)
+        dk_write, to_state = dot(d_keys, c.k, TN) + dot(d_scores, c.q, TN), dot(c.written_low, dh_low, NN)
+        dqh = within[:size] + scale * times(before, from_state[:size])
+        dkh = within[size:] - times(before, from_state[size:]) + dk_write + times(after, to_state)
+        reads = jnp.concatenate([q_reads, k_reads])
+        carry[head] = times(total, dh) + dot(jnp.concatenate([doh, -dv_low]), reads, TN)
+        dq[0, :, pl.ds(head * keys, keys)] = dqh.astype(dq.dtype)
+        dk[0, :, pl.ds(head * keys, keys)] = dkh.astype(dk.dtype)
+        dv[0, :, pl.ds(head * values, values)] = dvh.astype(dv.dtype)
+        d_beta = jnp.sum(d_A * c.key_scores, axis=1, keepdims=True) + jnp.sum(d_u * c.u, axis=1, keepdims=True)
+        dbeta[0, 0, 0, head : head + 1] = d_beta.T
+        if flow is not None:
+            written = k_writes * to_state
+            flowed = c.q * within[:size] + c.k * (within[size:] - dk_write)
+            flowed += q_reads * from_state[:size] - k_reads * from_state[size:] - written
+            # All tokens' decays are in what remains of the entering state; a write misses those up to its own token.
+            leaving = jnp.sum(times(total, c.h * dh)) + jnp.sum(written)
+            row = jnp.sum(flowed, axis=1, keepdims=True).T
+            is_last = iota(row.shape, 1) == row.shape[1] - 1
+            flow[0, 0, 0, head : head + 1] = jnp.where(is_last, row + leaving, row)
+
+    @pl.when(step == pl.num_programs(2) - 1)
+    def _():
+        d_state[0] = carry[...]

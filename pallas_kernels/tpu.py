@@ -1,0 +1,219 @@
+"""What the TPU kernels of matrix-valued recurrences share: heads along lanes, chunks along a sequential grid, the masks and
+decays of a chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+DIMS = (64, 128, 256)
+CHIPS = ("v4", "v5", "v6", "7x")
+# exp(-128) is 0 in float32 and sums of 128 of them are finite, where those of -inf are not.
+FLOOR = -128.0
+MOST_HEADS = 8  # a grid step, for the sake of its memory
+
+
+def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
+    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
+    and rules nothing out."""
+    if not chip.startswith("TPU") or not any(name in chip for name in CHIPS):
+        return f"the TPU kernel runs on TPU {', '.join(CHIPS)}, not on {chip or 'an unknown chip'}"
+    if any(x is not None and x not in DIMS for x in (K, V)):
+        return f"the TPU kernel has K and V in {DIMS}, not K={K}, V={V}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"the TPU kernel takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    if None not in (H, K, V) and not groups(H, K, V):
+        return f"the TPU kernel needs heads that fill 128 lanes: an even number of them for K or V of 64, not H={H}"
+    return None
+
+
+def groups(H: int, K: int, V: int) -> list[int]:
+    """Numbers of heads that a grid step can take: blocks of whole lanes, or all there is."""
+    whole = [n for n in range(1, H + 1) if H % n == 0 and ((n * K % 128 == 0 and n * V % 128 == 0) or n == H)]
+    return [n for n in whole if n <= MOST_HEADS]
+
+
+def heads_a_step(H: int, K: int, V: int, limit: int) -> int:
+    fitting = groups(H, K, V)
+    return max([n for n in fitting if n <= limit], default=fitting[0])
+
+
+def dot(x, y, contract: tuple[int, int]):
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, y, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )  # fmt: skip
+
+
+NN, NT, TN = (1, 0), (1, 1), (0, 0)
+
+
+def iota(shape: tuple[int, ...], axis: int):
+    return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def call(body: Callable, name: str, grid, inputs: dict, outputs: dict, scratch: dict, interpret, **settings):
+    """`pl.pallas_call` with refs by name; inputs and outputs are name -> (array or its shape, block spec)."""
+    names = [*inputs, *outputs, *scratch]
+
+    def kernel(*refs):
+        body(**dict(zip(names, refs, strict=True)), **settings)
+
+    results = pl.pallas_call(
+        kernel, grid=grid, name=name, interpret=interpret,
+        in_specs=[spec for _, spec in inputs.values()], out_specs=[spec for _, spec in outputs.values()],
+        out_shape=[shape for shape, _ in outputs.values()], scratch_shapes=list(scratch.values()),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+    )(*(array for array, _ in inputs.values()))  # fmt: skip
+    return dict(zip(outputs, results, strict=True))
+
+
+class Layout:
+    """Arrays as the kernels take them: tokens padded to whole chunks, heads along lanes in groups of n."""
+
+    def __init__(self, q, v, heads: int, chunk: int, *, reverse: bool = False):
+        self.B, self.T, self.H, self.K = q.shape
+        self.V, self.n, self.dtype = v.shape[-1], heads, q.dtype
+        self.C = chunk
+        self.chunks = -(-self.T // self.C)
+        self.grid = (self.B, self.H // heads, self.chunks)
+        self.at = (lambda t: self.chunks - 1 - t) if reverse else (lambda t: t)
+
+    def tokens(self, x):
+        """[B, T, H, X] and a block of one chunk and n heads."""
+        x = self.padded(x).reshape(self.B, -1, self.H * x.shape[-1])
+        return x, self.token_spec(x.shape[-1] // self.H)
+
+    def token_spec(self, width: int):
+        return pl.BlockSpec((1, self.C, self.n * width), lambda b, g, t: (b, self.at(t), g))
+
+    def padded(self, x):
+        return jnp.pad(x, ((0, 0), (0, self.chunks * self.C - self.T), *[(0, 0)] * (x.ndim - 2)))
+
+    def rows(self, x):
+        """[B, T', H]: a row [1, C] of every head. Columns would fill a lane of 128."""
+        return x.reshape(self.B, self.chunks, self.C, -1, self.n).transpose(0, 3, 1, 4, 2), self.row_spec()
+
+    def row_spec(self):
+        return pl.BlockSpec((1, 1, 1, self.n, self.C), lambda b, g, t: (b, g, self.at(t), 0, 0))
+
+    def shared_row(self, x):
+        """[B, N, 1, C]: one row [1, C] for all heads."""
+        return x, pl.BlockSpec((1, 1, 1, self.C), lambda b, g, t: (b, self.at(t), 0, 0))
+
+    def states(self, x):
+        """[B, H, V, K], the same block in every chunk."""
+        return x, pl.BlockSpec((1, self.n, self.V, self.K), lambda b, g, t: (b, g, 0, 0))
+
+    def states_of_chunks(self, x):
+        """[B, N, H, V, K]."""
+        return x, pl.BlockSpec((1, 1, self.n, self.V, self.K), lambda b, g, t: (b, self.at(t), g, 0, 0))
+
+    def unpadded(self, x):
+        return x[:, : self.T].reshape(self.B, self.T, self.H, -1)
+
+
+def prepared(layout: Layout, q, k, v, log_decay, reset) -> dict:
+    """The inputs that forward and backward have in common."""
+    inputs = {"q": layout.tokens(q), "k": layout.tokens(k), "v": layout.tokens(v)}
+    if log_decay is not None:
+        g = layout.padded(log_decay)
+        if g.shape[-1] == 1:
+            g = jnp.maximum(g, FLOOR)
+            if reset is not None:
+                # What a reset drops needs no decay, and sums over it stay small.
+                g = jnp.where(layout.padded(reset)[..., None, None], 0.0, g)
+            sums = jnp.cumsum(g.reshape(layout.B, layout.chunks, layout.C, layout.H), axis=2).reshape(g.shape[:3])
+            inputs["b"] = layout.rows(sums)
+        else:
+            inputs["g"] = layout.tokens(g)
+    if reset is not None:
+        in_chunks = layout.padded(reset).reshape(layout.B, layout.chunks, layout.C)
+        starts = lax.cummax(jnp.where(in_chunks, jnp.arange(layout.C), -1), axis=2)
+        inputs["start"] = layout.shared_row(starts[:, :, None].astype(jnp.float32))
+    return inputs
+
+
+def head_of(ref, head: int, n: int):
+    width = ref.shape[-1] // n
+    return ref[0, :, pl.ds(head * width, width)]
+
+
+class Masks:
+    """Which tokens of a chunk see which, for all heads alike. A token's `start` is the index of the newest reset up to it, -1
+    before any: equal for tokens of one document."""
+
+    def __init__(self, size: int, start=None):
+        self.size = size
+        i, j = iota((size, size), 0), iota((size, size), 1)
+        self.causal = self.seen = i >= j
+        self.apart = i ^ j
+        self.together = self.first = self.last = None
+        if start is not None:
+            row = start[0, 0]
+            column = row.T
+            self.together = column == row
+            self.seen = self.causal & self.together
+            self.first = column < 0  # tokens that read the entering state [C, 1]
+            self.last = column == column[size - 1 :]  # tokens that write the leaving one
+
+    def at_level(self, s: int):
+        """Pairs that part at a block of 2s tokens."""
+        return (self.apart >= s) & (self.apart < 2 * s) & self.causal
+
+    def with_resets(self, before, after, total):
+        """Products of decays up to each token, after it, and over the chunk, which a reset makes zero."""
+        if self.first is None:
+            return before, after, total
+        one = jnp.float32(1)
+        before, after, total = (one if x is None else x for x in (before, after, total))
+        return (
+            jnp.where(self.first, before, 0),
+            jnp.where(self.last, after, 0),
+            jnp.where(self.first[self.size - 1 :], total, 0),
+        )
+
+
+class Shared:
+    """One decay for all channels of K, or none."""
+
+    def __init__(self, refs: dict, head: int, masks: Masks):
+        self.masks = masks
+        self.weights = self.before = self.after = self.total = None
+        if "b" in refs:
+            row = refs["b"][0, 0, 0, head : head + 1]
+            column = row.T
+            last = column[masks.size - 1 :]
+            self.weights = jnp.exp(jnp.where(masks.seen, column - row, -jnp.inf))
+            self.before, self.after, self.total = jnp.exp(column), jnp.exp(last - column), jnp.exp(last)
+        self.before, self.after, self.total = masks.with_resets(self.before, self.after, self.total)
+
+    def scores(self, q, k):
+        """P without its scale."""
+        scores = dot(q, k, NT)
+        return jnp.where(self.masks.seen, scores, 0) if self.weights is None else scores * self.weights
+
+    def read(self, q, h):
+        """What the entering state [V, K] says to q, without the scale."""
+        return times(self.before, dot(q, h, NT))
+
+    def pullback(self, scale, q, k, v, do):
+        """P, and what its cotangent do v^T gives q and k."""
+        weights = jnp.where(self.masks.seen, jnp.float32(scale), 0) if self.weights is None else scale * self.weights
+        scores, d_scores = (dot(q, k, NT) * weights).astype(q.dtype), (dot(do, v, NT) * weights).astype(q.dtype)
+        return scores, dot(d_scores, k, NN), dot(d_scores, q, TN)
+
+
+def times(factor, x):
+    return x if factor is None else factor * x
+
+
+def scaled(x, factor):
+    """In the dtype of x, which a matrix product is to take."""
+    return x if factor is None else (x * factor).astype(x.dtype)
+
+
