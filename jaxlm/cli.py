@@ -152,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--kernels", type=names, metavar="A,B", help="such as linear_attention-vector (default: all)")
     sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x (default: all; with --quick v5e)")
     sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row, in rows of 32,768 in all")
-    sub.add_argument("--recurrent", action="store_true", help="on a GPU: time the recurrent form too")
+    sub.add_argument("--forms", type=names, metavar="A,B", help="on a GPU: also recurrent, or kernel alone")
     for letter, what, value in (
         ("B", "rows, where kernels are compiled", 2), ("T", "tokens, likewise", 4096), ("H", "heads", 8),
         ("K", "key channels", 128), ("V", "value channels", 128),
@@ -329,7 +329,7 @@ def bench_kernels_command(arguments: argparse.Namespace) -> None:
     if jax.default_backend() == "gpu":
         kernel_times.run(
             arguments.output, names=arguments.kernels, lengths=arguments.lengths, H=arguments.H, K=arguments.K, V=arguments.V,
-            recurrent=arguments.recurrent, quick=arguments.quick,
+            forms=arguments.forms, quick=arguments.quick,
         )  # fmt: skip
         return
     shape = Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.V)
