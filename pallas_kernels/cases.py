@@ -53,6 +53,15 @@ def abstract(op: str, direction: str, decay: str, platform: str, dtype: str = "b
     return flattened(partial(module.backward, 0.1), (*inputs, reset, saved, o, final), tokens)
 
 
+def diagonal(direction: str, platform: str, B: int = 2, T: int = 4096, D: int = 1024):
+    """The kernel of the diagonal recurrence, for `pallas_kernels.aot.report`."""
+    module = importlib.import_module(f"pallas_kernels.diagonal.{platform}")
+    tokens, state = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, D), (B, D)))
+    if direction == "forward":
+        return module.forward, (tokens, tokens, state)
+    return module.backward, (tokens, tokens, state, tokens)
+
+
 def flattened(function: Callable, arguments, tokens: tuple[int, int, int]):
     """The function of arrays [B, T, H * channels] instead of [B, T, H, channels], in its results too, and its arguments so."""
 

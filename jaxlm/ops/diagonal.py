@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Complex, Float, Int
 
+from jaxlm.ops import kernels
 from jaxlm.ops.forms import choose
 from jaxlm.ops.segments import check_log_decay, check_segment_ids, resets
 from jaxlm.parallel import sequence
@@ -62,8 +63,9 @@ def diagonal_recurrence(
       segment_ids: h is zeroed between two tokens whose ids differ, so that each document of a packed row gets what it
         gets alone. The first run of a row continues `initial_state`.
       form: "recurrent" (token by token), "parallel" (`jax.lax.associative_scan`), "chunked" (chunks side by side, token
-        by token, then a scan of their ends), "fft" (a convolution with the powers of a; only for log_a [*D] without
-        segment ids, and later tokens change the rounding of earlier outputs) or "auto" (see `forms.choose`).
+        by token, then a scan of their ends), "kernel" (Pallas, on TPU, for real numbers), "fft" (a convolution with the
+        powers of a; only for log_a [*D] without segment ids, and later tokens change the rounding of earlier outputs) or
+        "auto" (see `forms.choose`).
       chunk_size: tokens a chunk, a power of two.
 
     Returns:
@@ -88,17 +90,17 @@ def diagonal_recurrence(
             f"device of {', '.join(COMPLEX_PLATFORMS)}"
         )
     reset = _resets(segment_ids, b.shape[:2], chunk_size)
-    if form in ("auto", "chunked") and sequence.split(b.shape[1]):
+    form = choose("diagonal_recurrence", form, T=b.shape[1], dtype=jnp.result_type(log_a, b)).form
+    if form in ("chunked", "kernel") and sequence.split(b.shape[1]):
         channels = ("heads", *(None,) * (b.ndim - 3)) if b.ndim > 2 else ()
         h, final_state = _over_shards(
-            lambda inputs, reset, state: run_diagonal(*inputs, reset, state, form="chunked", chunk_size=chunk_size),
+            lambda inputs, reset, state: run_diagonal(*inputs, reset, state, form=form, chunk_size=chunk_size),
             lambda inputs, reset: diagonal_transition(inputs[0], reset, inputs[1].shape),
             (log_a, b), (channels if log_a.ndim < b.ndim else (*_TOKENS, *channels), (*_TOKENS, *channels)),
             (*_TOKENS, *channels), channels, b.shape[1], reset,
             _start(initial_state, (b.shape[0], *b.shape[2:]), log_a, b),
         )  # fmt: skip
         return h.astype(b.dtype), final_state
-    form = choose("diagonal_recurrence", form, T=b.shape[1], dtype=b.dtype).form
     h, final_state = run_diagonal(log_a, b, reset, initial_state, form=form, chunk_size=chunk_size)
     return h.astype(b.dtype), final_state
 
@@ -207,6 +209,9 @@ def _solve_forward(form, size, a, b, state):
 
 def _solve_backward(form, size, residuals, d_out):
     a, h, state = residuals
+    if form == "kernel":
+        da, dh, d_state = kernels.diagonal_gradient(jnp.broadcast_to(a, h.shape), h, state, d_out)
+        return jnp.sum(da, axis=[i for i in (0, 1) if a.shape[i] == 1], keepdims=True), dh, d_state
     later = a if a.shape[1] == 1 else jnp.roll(a, -1, axis=1)  # what comes around multiplies a state of zeros
     dh = _FORMS[form](size, jnp.flip(later, 1), jnp.flip(d_out, 1), jnp.zeros_like(state))
     dh = jnp.flip(dh, 1)
@@ -249,6 +254,10 @@ def _chunked(size, a, b, state):
     return h.reshape(h.shape[0], -1, *h.shape[3:])[:, :length]
 
 
+def _kernel(size, a, b, state):
+    return kernels.diagonal_recurrence(jnp.broadcast_to(a, b.shape), b, state)
+
+
 def _to_chunks(x, size: int):
     """[B, T, ..] to [C, B, N, ..], the last chunk filled with zeros."""
     return jnp.moveaxis(_rows(x, size), 2, 0)
@@ -267,7 +276,7 @@ def _fft(size, a, b, state):
     return _convolve(powers[None, :-1], b) + powers[None, 1:] * state[:, None]
 
 
-_FORMS = {"parallel": _parallel, "chunked": _chunked, "fft": _fft}
+_FORMS = {"parallel": _parallel, "chunked": _chunked, "fft": _fft, "kernel": _kernel}
 
 
 def _convolve(kernel, x):
@@ -353,7 +362,7 @@ def diagonal_ssm(
             _start(initial_state, (u.shape[0], *a.shape), u, a, c), apply=_times, transpose=_conjugate,
         )  # fmt: skip
         return y.astype(u.dtype), final_state
-    form = choose("diagonal_recurrence", form, T=u.shape[1], dtype=u.dtype).form
+    form = choose("diagonal_recurrence", form, T=u.shape[1], dtype=u.dtype, read_out=True).form
     y, final_state = run_ssm(u, a, c, reset, initial_state, form=form, chunk_size=chunk_size)
     return y.astype(u.dtype), final_state
 
@@ -540,7 +549,7 @@ def selective_scan(
             u.shape[1], reset, _start(initial_state, (u.shape[0], *a.shape), u, dt, a, b, c),
         )  # fmt: skip
         return y.astype(u.dtype), final_state
-    form = choose("diagonal_recurrence", form, T=u.shape[1], dtype=u.dtype).form
+    form = choose("diagonal_recurrence", form, T=u.shape[1], dtype=u.dtype, read_out=True).form
     y, final_state = run_selective(u, dt, a, b, c, reset, initial_state, form=form, chunk_size=chunk_size)
     return y.astype(u.dtype), final_state
 

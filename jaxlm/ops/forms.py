@@ -51,6 +51,7 @@ class Call:
     masked: bool = False
     cached: bool = False
     decoupled: bool = False
+    read_out: bool = False
 
 
 def _cudnn_attention_declines(call: Call) -> str | None:
@@ -80,11 +81,21 @@ def _pallas_declines(op: str, call: Call) -> str | None:
     )  # fmt: skip
 
 
+def _diagonal_declines(call: Call) -> str | None:
+    module = kernels.module("diagonal_recurrence", call.platform)
+    if module is None:
+        return f"no Pallas kernel for {call.platform}"
+    if call.read_out:
+        return "the Pallas kernel keeps every state, where these ops read many states a channel out to one number"
+    return module.declines(dtype=call.dtype, chip=call.chip)
+
+
 # op -> what its kernel is, and why it does not run (None where it does).
 KERNELS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
     "attention": ("cuDNN flash attention", _cudnn_attention_declines),
     "linear_attention": ("Pallas kernel", partial(_pallas_declines, "linear_attention")),
     "delta_rule": ("Pallas kernel", partial(_pallas_declines, "delta_rule")),
+    "diagonal_recurrence": ("Pallas kernel", _diagonal_declines),
 }
 
 
@@ -110,7 +121,8 @@ def choose(
       platform: "cpu", "gpu" or "tpu"; None for that of the mesh, else the default backend's.
       chip: its device kind, likewise.
       known: fields of `Call`: heads, head_dim (K), value_dim (V), decay ("none", "scalar" or "vector"), masked (segment ids
-        are given), cached (a key/value cache is given), decoupled (gates of their own to erase and to write).
+        are given), cached (a key/value cache is given), decoupled (gates of their own to erase and to write), read_out (a
+        channel's states are read out to one number).
 
     Raises:
       ValueError: for an op or a form that is not there, with those that are; for form="kernel" where the kernel cannot

@@ -23,6 +23,7 @@ MODULES = {
     ("linear_attention", "tpu"): "pallas_kernels.linear_attention.tpu",
     ("linear_attention", "gpu"): "pallas_kernels.linear_attention.gpu",
     ("delta_rule", "tpu"): "pallas_kernels.delta_rule.tpu",
+    ("diagonal_recurrence", "tpu"): "pallas_kernels.diagonal.tpu",
 }
 
 _INTERPRETED: ContextVar[tuple[str, str] | None] = ContextVar("jaxlm_interpreted", default=None)
@@ -126,3 +127,43 @@ def _matrix_recurrence_backward(static, residuals, cotangents):
 
 
 _matrix_recurrence.defvjp(_matrix_recurrence_forward, _matrix_recurrence_backward)
+
+
+def diagonal_recurrence(a, b, state):
+    """h_t = a_t h_{t-1} + b_t of float32 arrays: a and b [B, T, *D], state [B, *D]. The gradient is `diagonal_gradient`."""
+    kernels, interpret = module("diagonal_recurrence", target()[0]), _INTERPRETED.get() is not None
+
+    def local(a, b, state):
+        return kernels.forward(_flat(a, 2), _flat(b, 2), _flat(state, 1), interpret=interpret).reshape(b.shape)
+
+    tokens, of_state = _channels(b)
+    return _split(local, b, (tokens, tokens, of_state), tokens, a, b, state)
+
+
+def diagonal_gradient(a, h, state, do):
+    """Gradients of `diagonal_recurrence`, which returned h, with respect to a, b and state."""
+    kernels, interpret = module("diagonal_recurrence", target()[0]), _INTERPRETED.get() is not None
+
+    def local(a, h, state, do):
+        da, db, d_state = kernels.backward(_flat(a, 2), _flat(h, 2), _flat(state, 1), _flat(do, 2), interpret=interpret)
+        return da.reshape(h.shape), db.reshape(h.shape), d_state.reshape(state.shape)
+
+    tokens, of_state = _channels(h)
+    return _split(local, h, (tokens, tokens, of_state, tokens), (tokens, tokens, of_state), a, h, state, do)
+
+
+def _flat(x, leading: int):
+    return x.reshape(*x.shape[:leading], -1)
+
+
+def _channels(x):
+    """Logical axes of [B, T, *D] and of its state; the first axis of channels follows the heads."""
+    channels = ("heads", *(None,) * (x.ndim - 3)) if x.ndim > 2 else ()
+    return ("batch", None, *channels), ("batch", *channels)
+
+
+def _split(fn, like, in_axes, out_axes, *args):
+    if active() is None:
+        return fn(*args)
+    sizes = {"batch": like.shape[0]} | ({"heads": like.shape[2]} if like.ndim > 2 else {})
+    return sequence.shard_map(fn, sizes, in_axes, out_axes, *args)

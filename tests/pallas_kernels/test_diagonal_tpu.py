@@ -1,0 +1,131 @@
+"""TPU kernels of the diagonal recurrence: by the interpreter against the recurrent form, and by the compiler for every chip."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxlm.ops import kernels
+from jaxlm.ops.diagonal import _recurrent, diagonal_recurrence
+from jaxlm.ops.forms import choose
+from jaxlm.parallel.context import use_mesh
+from jaxlm.parallel.mesh import make_mesh
+from pallas_kernels import aot
+from pallas_kernels.diagonal import tpu
+
+
+def arrays(B, T, D, seed=0):
+    """Factors from 0 to 1, a state and a cotangent."""
+    rng = np.random.default_rng(seed)
+    a = jnp.asarray(rng.choice([0.0, 1e-30, 0.5, 0.9, 1.0], size=(B, T, D)), jnp.float32)
+    b, do = (jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32) for _ in range(2))
+    return a, b, jnp.asarray(rng.normal(size=(B, D)), jnp.float32), do
+
+
+def run(a, b, state, do, interpret):
+    h = tpu.forward(a, b, state, interpret=interpret)
+    return h, *tpu.backward(a, h, state, do, interpret=interpret)
+
+
+def reference(a, b, state, do):
+    h, pull = jax.vjp(lambda a, b, state: _recurrent(a, b, state)[0], a, b, state)
+    return h, *pull(do)
+
+
+@pytest.mark.parametrize("sizes", [(2, 37, 130), (1, 600, 128), (2, 8, 700), (3, 1, 64), (1, 512, 64)], ids=str)
+def test_values_and_gradients(sizes):
+    given = arrays(*sizes)
+    for x, y in zip(jax.jit(partial(run, interpret=True))(*given), reference(*given), strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, rtol=2e-6, atol=5e-6)
+
+
+def test_no_races_and_nothing_uninitialised():
+    newer = {"on_race": "raise"} if "on_race" in pltpu.InterpretParams.__dataclass_fields__ else {}  # jax >= 0.12
+    given = arrays(2, 300, 640)
+    try:
+        got = run(*given, interpret=pltpu.InterpretParams(random_seed=1, detect_races=True, **newer))
+        for x, y in zip(got, reference(*given), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-6, atol=5e-6)
+    finally:
+        pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_later_tokens_change_no_earlier_bit():
+    a, b, state, _ = arrays(1, 40, 128)
+    other = arrays(1, 40, 128, seed=1)
+    h = tpu.forward(a, b, state, interpret=True)
+    for t in (3, 16, 29):
+        changed = [jnp.concatenate([x[:, :t], y[:, t:]], axis=1) for x, y in zip((a, b), other[:2], strict=True)]
+        np.testing.assert_array_equal(h[:, :t], tpu.forward(*changed, state, interpret=True)[:, :t])
+
+
+def op(form, *, shared=False):
+    """Outputs and gradients of the op in a form, with documents, on channels of two axes."""
+    rng = np.random.default_rng(0)
+    log_a = jnp.asarray(-rng.exponential(size=(4, 8) if shared else (2, 48, 4, 8)), jnp.float32)
+    b, state = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 48, 4, 8), (2, 4, 8)))
+    ids = jnp.asarray(np.sort(rng.integers(5, size=(2, 48)), axis=1))
+
+    def loss(log_a, b, state):
+        h, final = diagonal_recurrence(log_a, b, initial_state=state, segment_ids=ids, form=form)
+        return jnp.sum(jnp.sin(h)) + jnp.sum(jnp.sin(final)), h
+
+    return jax.jit(jax.value_and_grad(loss, range(3), has_aux=True))(log_a, b, state)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["decays of tokens", "one decay for all"])
+@pytest.mark.parametrize(
+    "mesh", [None, {"data": 2, "tensor": 4}, {"data": 2, "tensor": 2, "sequence": 2}],
+    ids=["one device", "split rows and heads", "split tokens too"],
+)  # fmt: skip
+def test_the_op_calls_the_kernel(mesh, shared, monkeypatch):
+    expected = op("recurrent", shared=shared)
+    calls = []
+    forward = tpu.forward
+    monkeypatch.setattr(tpu, "forward", lambda a, b, *rest, **named: calls.append(b.shape) or forward(a, b, *rest, **named))
+    with kernels.interpreted("tpu", "TPU v5 lite"):
+        if mesh is None:
+            got = op("auto", shared=shared)
+        else:
+            with use_mesh(make_mesh(mesh)):
+                got = op("auto", shared=shared)
+    ways = mesh or {}
+    assert set(calls) == {(2 // ways.get("data", 1), 48 // ways.get("sequence", 1), 32 // ways.get("tensor", 1))}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"dtype": jnp.complex64}, "takes bfloat16 and float32, not complex64"),
+        ({"read_out": True}, "many states a channel"),
+        ({"platform": "gpu", "chip": "NVIDIA H100"}, "no Pallas kernel for gpu"),
+        ({"chip": "TPU v3"}, "not on TPU v3"),
+    ],
+    ids=str,
+)
+def test_where_the_kernel_joins(change, reason):
+    known = {"platform": "tpu", "chip": "TPU v5 lite", "dtype": jnp.float32}
+    choice = choose("diagonal_recurrence", "auto", T=512, **known | change)
+    assert choice.form == ("kernel" if reason is None else "chunked")
+    assert reason is None or reason in choice.reason
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra tpu")
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+@pytest.mark.parametrize(("direction", "most"), [("forward", 0.0085), ("backward", 0.011)])
+def test_compiles_without_spills(chip, direction, most):
+    """Static cycles a token and channel: memory alone takes 0.022 and 0.037 on v5e."""
+    report = aot.report(chip, "pallas_kernels.cases:diagonal", {"platform": "tpu", "direction": direction})
+    [kernel] = report["kernels"]
+    assert kernel["spills"] == 0
+    assert kernel["static_cycles"] / (2 * 4096 * 1024) < (most if chip != "v4" else 2 * most)
+    # h counts twice in the backward, which reads one tile of each chunk again.
+    assert report["hbm_bytes"] / (2 * 4096 * 1024) == (12 if direction == "forward" else 24)
