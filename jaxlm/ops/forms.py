@@ -7,9 +7,10 @@ function that returns None where the kernel runs and beats the other forms, or e
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,8 @@ def choose(
 ) -> Choice:
     """Resolve `form` of `op` for T tokens of a dtype on a platform.
 
-    "auto" takes the step for one token, else the kernel where it runs, else `chunked`.
+    "auto" takes the step for one token, else the kernel where it runs, else `chunked`. Where a device has a kernel that does
+    not take an op's call, the reason is logged once.
 
     Args:
       op: a key of `OPS`.
@@ -149,4 +151,12 @@ def choose(
         return Choice("recurrent", "one token takes the step")
     if not declined:
         return Choice("kernel", name)
+    if platform is None and op in KERNELS and kernels.module(op, call.platform) is not None:
+        _log_once(f"{op} runs as chunked, without its kernel: {declined}")
     return Choice("chunked", declined)
+
+
+@lru_cache(maxsize=None)
+def _log_once(message: str) -> None:
+    """Models are traced many times, and each layer calls its op."""
+    logging.getLogger("jaxlm").warning(message)

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.ops import forms
+from jaxlm.ops import forms, kernels
 
 V5E = {"platform": "tpu", "chip": "TPU v5 lite"}
 
@@ -48,3 +48,15 @@ def test_errors_name_what_is_there():
         forms.choose("attention", "flash", T=1, dtype=jnp.float32)
     with pytest.raises(ValueError, match="cannot run: no Pallas kernel for cpu"):
         forms.choose("linear_attention", "kernel", T=8, dtype=jnp.float32)
+
+
+def test_a_kernel_that_does_not_take_a_call_says_so_once(caplog):
+    known = {"T": 64, "dtype": jnp.float32, "head_dim": 96, "value_dim": 64, "heads": 2, "decay": "scalar"}
+    with kernels.interpreted("tpu", "TPU v5 lite"):
+        for _ in range(3):
+            assert forms.choose("linear_attention", "auto", **known).form == "chunked"
+        forms.choose("linear_attention", "auto", **known | {"head_dim": 64, "T": 1})
+    forms.choose("linear_attention", "auto", **known)  # a CPU has no kernel to miss
+    assert caplog.messages == [
+        "linear_attention runs as chunked, without its kernel: the TPU kernel has K and V in (64, 128, 256), not K=96, V=64"
+    ]
