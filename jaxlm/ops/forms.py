@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def choose(
     return Choice("chunked", declined)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _log_once(message: str) -> None:
     """Models are traced many times, and each layer calls its op."""
     logging.getLogger("jaxlm").warning(message)
