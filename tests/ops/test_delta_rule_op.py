@@ -168,7 +168,7 @@ def test_shapes(T, C, kind, seed):
         ({"initial_state": jnp.zeros((1, 2, 5, 3))}, "initial_state must be"),
         ({"segment_ids": jnp.zeros((1, 4))}, "segment_ids must be integers"),
         ({"chunk_size": 48}, "chunk_size must be a power of two"),
-        ({"form": "kernel"}, "no kernel yet"),
+        ({"form": "kernel"}, "no Pallas kernel for cpu"),
     ],
 )
 def test_errors_name_the_argument(change, message):
