@@ -16,7 +16,7 @@ from types import ModuleType
 import jax
 
 from jaxlm.parallel import sequence
-from jaxlm.parallel.context import active
+from jaxlm.parallel.context import active, device
 
 # (op, platform) -> the module with its kernels; see the signatures there.
 MODULES = {
@@ -44,9 +44,8 @@ def target() -> tuple[str, str]:
     pretended = _INTERPRETED.get()
     if pretended is not None:
         return pretended
-    current = active()
-    device = jax.devices()[0] if current is None else current[0].devices.flat[0]
-    return device.platform, device.device_kind
+    chip = device()
+    return chip.platform, chip.device_kind
 
 
 def module(op: str, platform: str) -> ModuleType | None:

@@ -30,22 +30,32 @@ DEFAULT_RULES: Rules = {
 
 
 _ACTIVE: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar("jaxlm_mesh", default=None)
+# As `_ACTIVE`'s, in the bodies of shard_maps too.
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("jaxlm_devices", default=None)
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Iterator[None]:
     """Within this context `constrain` places activations by `rules` on `mesh`, and `mesh` is jax's ambient mesh."""
-    token = _ACTIVE.set((mesh, rules))
+    token, mesh_token = _ACTIVE.set((mesh, rules)), _MESH.set(mesh)
     try:
         with jax.set_mesh(mesh):
             yield
     finally:
         _ACTIVE.reset(token)
+        _MESH.reset(mesh_token)
 
 
 def active() -> tuple[Mesh, Rules] | None:
     """The mesh and rules of the innermost `use_mesh`."""
     return _ACTIVE.get()
+
+
+def device() -> jax.Device:
+    """One of the devices that computations are traced for: of the innermost `use_mesh`, in the body of a shard_map too, else
+    jax's first. It need not be a device of this machine."""
+    mesh = _MESH.get()
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 @contextlib.contextmanager

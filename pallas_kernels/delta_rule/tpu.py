@@ -1,12 +1,14 @@
 """The chunked delta rule on TPUs: S' = exp(g_t) S_{t-1}, S_t = S' + beta_t k_t^T (v_t - k_t S'), o_t = scale q_t S_t.
 
-Without decay (DeltaNet) or with one of every head (Gated DeltaNet). The grid is (batch, groups of heads, chunks of C tokens),
-the last walked in order with the states h of a group in VMEM, transposed. With the products of decays up to a token, after it,
-over the chunk, and between tokens i and j (E_ij, i >= j):
+Without decay (DeltaNet), with one of every head (Gated DeltaNet) or of every channel of K (Kimi Delta Attention). The grid is
+(batch, groups of heads, chunks of C tokens), the last walked in order with the states h of a group in VMEM, transposed. With
+the products of decays up to a token, after it, over the chunk, and between tokens i and j (E_ij, i >= j):
 
-    A_ij = beta_i E_ij (k_i k_j^T) for i > j,   T = (I + A)^-1,
-    u = v - before * (k h),   written = T (beta * u),
-    o = scale (before * (q h) + P written),   h <- total h + k^T (after * written),   P_ij = E_ij (q_i k_j^T).
+    A_ij = beta_i sum_c E_ijc k_ic k_jc for i > j,   T = (I + A)^-1,
+    u = v - (before * k) h,   written = T (beta * u),
+    o = scale ((before * q) h + P written),   h <- total h + (after * k)^T written,   P_ij = sum_c E_ijc q_ic k_jc.
+
+Decays of channels: P and A come from the binary tree of `pallas_kernels.tpu_channels`, whose factors serve both.
 
 The inverse doubles its blocks: with X the inverse of the blocks of s tokens and A_s the part of A that joins two of them,
 X - X A_s X is that of the blocks of 2s. Two matrix products depend on one another at each of log2(C) - 1 levels, so several
@@ -18,9 +20,10 @@ entering state and then, from d_written = P^T do + (after * k) dh and d_u = T^T 
 
     dA = -d_u written^T,  dv = beta d_u,  and what A, P, u, o and h give q, k, beta and h.
 
-dg is the reverse sum over the chunk of the rows q dq + k dk_read - k dk_write (keys read as queries do, in A and u, and are
-written), plus what the leaving state and its cotangent have in common. These sums cancel but for pairs with the decay between
-them, so every term is the product that the gradients are made of, with its roundings.
+dg is the reverse sum over the chunk of q dq + k dk_read - k dk_write (keys read as queries do, in A and u, and are written;
+summed over channels for one decay of a head), plus what the leaving state and its cotangent have in common. These sums cancel
+but for pairs with the decay between them, so what meets the state enters as the product that the gradients are made of, with
+its roundings.
 
 Per token and head, K = V = C = 128, bf16: forward 6 K V + C (4 K + 4 V) + 2 / 3 C^2 for an inverse that does no work twice =
 240k FLOPs on 1,032 bytes; the inverse as it is made takes 24 C^2 more.
@@ -34,7 +37,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
 from pallas_kernels.tpu import (
     NN,
     NT,
@@ -43,6 +45,7 @@ from pallas_kernels.tpu import (
     Masks,
     Shared,
     call,
+    declines,
     dot,
     head_of,
     heads_a_step,
@@ -51,20 +54,14 @@ from pallas_kernels.tpu import (
     scaled,
     times,
 )
+from pallas_kernels.tpu_channels import Channels, sums_from
 
-CHUNK = 128
+__all__ = ["CHUNK", "SAVED_AXES", "backward", "declines", "forward"]
 
+CHUNK = 128  # suits the matrix units
 
 # The logical axes of what `forward` saves.
 SAVED_AXES = ("batch", None, "heads", None, None)
-
-
-def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
-    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
-    and rules nothing out."""
-    if decay == "vector":
-        return "the TPU kernel of the delta rule takes one decay of a head or none, not one of every channel"
-    return tpu.declines(H=H, K=K, V=V, dtype=dtype, decay=decay, chip=chip)
 
 
 def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk: int | None = None, interpret=False):
@@ -74,7 +71,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
       scale: multiplies q.
       q, k: [B, T, H, K]; v: [B, T, H, V], bfloat16 or float32.
       beta: [B, T, H, 1], float32.
-      log_decay: None or [B, T, H, 1], float32, <= 0.
+      log_decay: None, [B, T, H, 1] or [B, T, H, K], float32, <= 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.
       state: [B, H, K, V] float32, enters token 0.
       save: also return the states that enter the chunks.
@@ -85,6 +82,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
       o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H, V, K] in q's dtype, or
       None.
     """
+    vector = log_decay is not None and log_decay.shape[-1] > 1
     layout = Layout(q, v, _heads(q, v), chunk or CHUNK)
     shape = jax.ShapeDtypeStruct
     entering = jnp.swapaxes(state, -1, -2)
@@ -98,7 +96,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
     inputs |= {"beta": layout.rows(layout.padded(beta)[..., 0]), "state": layout.states(entering)}
     results = call(
         _forward_step, "delta_rule_forward", layout.grid, inputs, outputs,
-        {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}, interpret, scale=scale, n=layout.n,
+        _scratch(layout, vector=vector, backward=False), interpret, scale=scale, n=layout.n,
     )  # fmt: skip
     return layout.unpadded(results["o"]), jnp.swapaxes(results["final"], -1, -2), results.get("saved")
 
@@ -115,6 +113,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
       dq, dk, dv in the dtypes of q, k, v; dbeta, float32; dlog_decay, float32 or None; the gradient of the initial state,
       float32.
     """
+    vector = log_decay is not None and log_decay.shape[-1] > 1
     layout = Layout(q, v, _heads(q, v), chunk or CHUNK, reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
     d_leaving = jnp.swapaxes(d_final, -1, -2)
@@ -129,8 +128,10 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
     rows = shape((layout.B, layout.H // layout.n, layout.chunks, layout.n, layout.C), jnp.float32), layout.row_spec()
     outputs = {"dq": like(q), "dk": like(k), "dv": like(v), "dbeta": rows}
     outputs["d_state"] = layout.states(shape(d_leaving.shape, jnp.float32))
-    scratch = {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}
-    if log_decay is not None:
+    scratch = _scratch(layout, vector=vector, backward=True)
+    if vector:
+        outputs["dg"] = like(log_decay)
+    elif log_decay is not None:
         outputs["flow"] = rows
     results = call(
         _backward_step, "delta_rule_backward", layout.grid, inputs, outputs, scratch, interpret, scale=scale, n=layout.n
@@ -140,7 +141,11 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
         return layout.unpadded(x.transpose(0, 2, 4, 1, 3).reshape(layout.B, padded, layout.H))
 
     dq, dk, dv = (layout.unpadded(results[name]) for name in ("dq", "dk", "dv"))
-    dg = None if log_decay is None else of_rows(lax.cumsum(results["flow"], axis=4, reverse=True))
+    dg = None
+    if vector:
+        dg = layout.unpadded(results["dg"])
+    elif log_decay is not None:
+        dg = of_rows(lax.cumsum(results["flow"], axis=4, reverse=True))
     return dq, dk, dv, of_rows(results["dbeta"]), dg, jnp.swapaxes(results["d_state"], -1, -2)
 
 
@@ -150,31 +155,71 @@ def _heads(q, v) -> int:
     return heads_a_step(q.shape[2], q.shape[3], v.shape[3], min(4, max(1, 2048 // a_head)))
 
 
+def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:
+    """The states, and what decays of channels need."""
+    channels = Channels.scratch(layout, keys=True, backward=backward) if vector else {}
+    return channels | {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}
+
+
 class _Chunk:
     """What forward and backward make of one head's tokens and the state that enters, up to the inverse and from it."""
 
     def __init__(self, refs, head: int, n: int, h, masks: Masks):
         self.q, self.k, self.v = (head_of(refs[name], head, n) for name in ("q", "k", "v"))
-        self.decay = Shared(refs, head, masks)
         self.beta = refs["beta"][0, 0, 0, head : head + 1].T
         self.h = h.astype(self.q.dtype)
-        # Queries and keys meet the keys and the state together.
-        both = jnp.concatenate([self.q, self.k])
-        size = self.q.shape[0]
-        scores, reads = dot(both, self.k, NT), dot(both, self.h, NT)
-        weights = self.decay.weights
-        weights = jnp.where(masks.seen, jnp.float32(1), 0) if weights is None else weights
-        self.weights, self.strict = weights, jnp.where(masks.apart == 0, 0, weights)
-        self.scores, self.key_scores = scores[:size], scores[size:]
-        self.read, self.key_read = reads[:size], reads[size:]
-        self.A = self.beta * self.key_scores * self.strict
+        self.decay = (_Channels if "g" in refs else _Shared)(refs, head, n, masks, self)
+        self.A = self.beta * self.decay.key_scores
 
     def write(self, inverse):
         """What the tokens write into the state."""
         self.T = inverse.astype(self.q.dtype)
-        self.u = self.v - times(self.decay.before, self.key_read)
+        self.u = self.v - self.decay.key_read
         self.written = dot(self.T, (self.beta * self.u).astype(self.T.dtype), NN)
         self.written_low = self.written.astype(self.T.dtype)
+
+
+class _Shared(Shared):
+    """One decay for all channels of K, or none: scores of queries and keys with keys, what both read from the entering state,
+    and the gradients of the scores."""
+
+    def __init__(self, refs, head: int, n: int, masks: Masks, chunk: _Chunk):
+        super().__init__(refs, head, masks)
+        weights = self.weights
+        self.seen = jnp.where(masks.seen, jnp.float32(1), 0) if weights is None else weights
+        self.strict = jnp.where(masks.apart == 0, 0, self.seen)
+        # Queries and keys meet the keys and the state together.
+        both = jnp.concatenate([chunk.q, chunk.k])
+        scores, reads = dot(both, chunk.k, NT), dot(both, chunk.h, NT)
+        self.unweighted, self.key_scores = scores[: masks.size], scores[masks.size :] * self.strict
+        self.query_read, self.key_read = (times(self.before, x) for x in (reads[: masks.size], reads[masks.size :]))
+
+    @property
+    def query_scores(self):
+        return self.unweighted * self.seen
+
+    def pullback(self, scale, chunk: _Chunk, do, d_A, dv):
+        """What the cotangents do written^T and beta d_A give queries, keys as what is written, and keys as what reads."""
+        size, dtype = self.masks.size, chunk.q.dtype
+        d_keys = (chunk.beta * d_A * self.strict).astype(dtype)
+        d_scores = (scale * dot(do, chunk.written_low, NT) * self.seen).astype(dtype)
+        within = dot(jnp.concatenate([d_scores, d_keys]), chunk.k, NN)
+        return within[:size], dot(d_keys, chunk.k, TN) + dot(d_scores, chunk.q, TN), within[size:]
+
+
+class _Channels(Channels):
+    """The same for a decay of every channel."""
+
+    def __init__(self, refs, head: int, n: int, masks: Masks, chunk: _Chunk):
+        super().__init__(refs, head, n, masks)
+        self.query_scores, self.key_scores = self.scores()
+        reads = dot(jnp.concatenate([scaled(x, self.before) for x in (chunk.q, chunk.k)]), chunk.h, NT)
+        self.query_read, self.key_read = reads[: masks.size], reads[masks.size :]
+
+    def pullback(self, scale, chunk: _Chunk, do, d_A, dv):
+        written, causal = chunk.written_low, self.masks.causal
+        d_scores = scale * jnp.where(causal, dot(do, written, NT), dot(written, do, NT))
+        return self.gradients(d_scores, -jnp.where(causal, dot(dv, written, NT), dot(written, dv, NT)))
 
 
 def _product(x, y, dtype):
@@ -240,9 +285,9 @@ def _forward_step(o, final, carry, state, *, scale, n, saved=None, **refs):
     dtype = chunks[0].q.dtype
     for head, (chunk, inverse) in enumerate(zip(chunks, _inverses([chunk.A for chunk in chunks], masks, dtype), strict=True)):
         chunk.write(inverse)
-        inner = dot((chunk.scores * chunk.weights).astype(dtype), chunk.written_low, NN)
+        inner = dot(chunk.decay.query_scores.astype(dtype), chunk.written_low, NN)
         width = chunk.v.shape[-1]
-        o[0, :, pl.ds(head * width, width)] = (scale * (inner + times(chunk.decay.before, chunk.read))).astype(o.dtype)
+        o[0, :, pl.ds(head * width, width)] = (scale * (inner + chunk.decay.query_read)).astype(o.dtype)
         carry[head] = times(chunk.decay.total, carry[head]) + dot(chunk.written_low, scaled(chunk.k, chunk.decay.after), TN)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -250,7 +295,7 @@ def _forward_step(o, final, carry, state, *, scale, n, saved=None, **refs):
         final[0] = carry[...]
 
 
-def _backward_step(do, entering, d_final, dq, dk, dv, dbeta, d_state, carry, *, scale, n, flow=None, **refs):
+def _backward_step(do, entering, d_final, dq, dk, dv, dbeta, d_state, carry, *, scale, n, flow=None, dg=None, **refs):
     """One chunk of n heads; the last chunk comes first."""
     step = pl.program_id(2)
 
@@ -267,37 +312,38 @@ def _backward_step(do, entering, d_final, dq, dk, dv, dbeta, d_state, carry, *, 
         size, keys, values = *c.k.shape, c.v.shape[-1]
         doh, dh = head_of(do, head, n), carry[head]
         dh_low = dh.astype(dtype)
-        scores = (scale * c.scores * c.weights).astype(dtype)
+        scores = (scale * c.decay.query_scores).astype(dtype)
         # What meets states, as products take it: dg is a difference of sums that cancel, so both have the same roundings.
         q_reads, k_reads, k_writes = scaled(c.q, times(before, jnp.float32(scale))), scaled(c.k, before), scaled(c.k, after)
         d_written = dot(scores, doh, TN) + dot(k_writes, dh_low, NT)
         d_u = dot(c.T, d_written.astype(dtype), TN)
-        d_A = -dot(d_u.astype(dtype), c.written_low, NT) * c.strict
+        d_A = -dot(d_u.astype(dtype), c.written_low, NT)
         dvh = c.beta * d_u
         dv_low = dvh.astype(dtype)
-        d_keys = (c.beta * d_A).astype(dtype)
-        d_scores = (scale * dot(doh, c.written_low, NT) * c.weights).astype(dtype)
-        within = dot(jnp.concatenate([d_scores, d_keys]), c.k, NN)
-        from_state = dot(jnp.concatenate([doh, dv_low]), c.h, NN)
-        dk_write, to_state = dot(d_keys, c.k, TN) + dot(d_scores, c.q, TN), dot(c.written_low, dh_low, NN)
-        dqh = within[:size] + scale * times(before, from_state[:size])
-        dkh = within[size:] - times(before, from_state[size:]) + dk_write + times(after, to_state)
+        dq_within, dk_written, dk_within = c.decay.pullback(scale, c, doh, d_A, dv_low)
+        from_state, to_state = dot(jnp.concatenate([doh, dv_low]), c.h, NN), dot(c.written_low, dh_low, NN)
+        dqh = dq_within + scale * times(before, from_state[:size])
+        dkh = dk_within - times(before, from_state[size:]) + dk_written + times(after, to_state)
         reads = jnp.concatenate([q_reads, k_reads])
         carry[head] = times(total, dh) + dot(jnp.concatenate([doh, -dv_low]), reads, TN)
         dq[0, :, pl.ds(head * keys, keys)] = dqh.astype(dq.dtype)
         dk[0, :, pl.ds(head * keys, keys)] = dkh.astype(dk.dtype)
         dv[0, :, pl.ds(head * values, values)] = dvh.astype(dv.dtype)
-        d_beta = jnp.sum(d_A * c.key_scores, axis=1, keepdims=True) + jnp.sum(d_u * c.u, axis=1, keepdims=True)
+        d_beta = jnp.sum(d_A * c.decay.key_scores, axis=1, keepdims=True) + jnp.sum(d_u * c.u, axis=1, keepdims=True)
         dbeta[0, 0, 0, head : head + 1] = d_beta.T
-        if flow is not None:
+        if flow is not None or dg is not None:
             written = k_writes * to_state
-            flowed = c.q * within[:size] + c.k * (within[size:] - dk_write)
+            flowed = c.q * dq_within + c.k * (dk_within - dk_written)
             flowed += q_reads * from_state[:size] - k_reads * from_state[size:] - written
             # All tokens' decays are in what remains of the entering state; a write misses those up to its own token.
-            leaving = jnp.sum(times(total, c.h * dh)) + jnp.sum(written)
-            row = jnp.sum(flowed, axis=1, keepdims=True).T
-            is_last = iota(row.shape, 1) == row.shape[1] - 1
-            flow[0, 0, 0, head : head + 1] = jnp.where(is_last, row + leaving, row)
+            leaving = times(total, c.h * dh)
+            if dg is not None:
+                leaving = jnp.sum(leaving, axis=0, keepdims=True) + jnp.sum(written, axis=0, keepdims=True)
+                dg[0, :, pl.ds(head * keys, keys)] = sums_from(flowed) + leaving
+            else:
+                row = jnp.sum(flowed, axis=1, keepdims=True).T
+                is_last = iota(row.shape, 1) == row.shape[1] - 1
+                flow[0, 0, 0, head : head + 1] = jnp.where(is_last, row + (jnp.sum(leaving) + jnp.sum(written)), row)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():

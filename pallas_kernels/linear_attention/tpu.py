@@ -48,11 +48,11 @@ from pallas_kernels.tpu import (
     scaled,
     times,
 )
+from pallas_kernels.tpu_channels import Channels, sums_from
 
 __all__ = ["CHUNK", "SAVED_AXES", "backward", "declines", "forward"]
 
 CHUNK = 128  # suits the matrix units
-BEFORE, AFTER = 0, 1
 
 # The logical axes of what `forward` saves.
 SAVED_AXES = (("batch", None, "heads", None, None), ("batch", "heads", None, None))
@@ -146,22 +146,9 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:
-    """The states, and where the tree of a vector decay keeps its sums."""
-    memory = {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}
-    if vector:
-        levels = layout.C.bit_length() - 1
-        tokens = (layout.n, levels, layout.C, layout.K)
-        sums = (layout.n, levels - 2, 2, layout.C, layout.K)
-        memory |= {
-            "sums": pltpu.VMEM(sums, jnp.float32), "z": pltpu.VMEM(tokens, layout.dtype),
-            "table": pltpu.VMEM((layout.n * layout.C, layout.C), jnp.float32),
-        }  # fmt: skip
-    if vector and backward:
-        memory |= {
-            "factor": pltpu.VMEM(tokens, jnp.float32), "d_table": pltpu.VMEM((layout.n, layout.C, layout.C), jnp.float32),
-            "d_qk": pltpu.VMEM((layout.n, 2, layout.C, layout.K), jnp.float32),
-        }  # fmt: skip
-    return memory
+    """The states, and what decays of channels need."""
+    channels = Channels.scratch(layout, keys=False, backward=backward) if vector else {}
+    return channels | {"carry": pltpu.VMEM((layout.n, layout.V, layout.K), jnp.float32)}
 
 
 def _forward_step(q, k, v, state, o, final, carry, saved=None, *, scale, n, **rest):
@@ -178,7 +165,7 @@ def _forward_step(q, k, v, state, o, final, carry, saved=None, *, scale, n, **re
         h = carry[head]
         if saved is not None:
             saved[0, 0, head] = h.astype(saved.dtype)
-        weigh = _decay(rest, head, n, q, k, rest, masks)
+        weigh = _decay(rest | {"q": q, "k": k}, head, n, masks)
         scores = weigh.scores(qh, kh)
         inner = dot(scores.astype(vh.dtype), vh, NN)
         outer = weigh.read(qh, h.astype(qh.dtype))
@@ -209,7 +196,7 @@ def _backward_step(
         h, dh = entering[0, 0, head], carry[head]
         dtype, keys, values = qh.dtype, qh.shape[-1], vh.shape[-1]
         dh_low = dh.astype(dtype)
-        weigh = _decay(rest, head, n, q, k, rest, masks)
+        weigh = _decay(rest | {"q": q, "k": k}, head, n, masks)
         scores, dqh, dkh = weigh.pullback(scale, qh, kh, vh, doh)
         dqh = dqh + scale * times(weigh.before, dot(doh, h, NN))
         dkh = dkh + times(weigh.after, dot(vh, dh_low, NN))
@@ -224,7 +211,7 @@ def _backward_step(
             before_it = left[head : head + 1]
             left[head : head + 1] = jnp.sum(h * dh, axis=0, keepdims=True)
             if dg is not None:
-                dg[0, :, pl.ds(head * keys, keys)] = _sum_from(flowed) + before_it
+                dg[0, :, pl.ds(head * keys, keys)] = sums_from(flowed) + before_it
             else:
                 row = jnp.sum(flowed, axis=1, keepdims=True).T
                 is_last = iota(row.shape, 1) == row.shape[1] - 1
@@ -235,171 +222,17 @@ def _backward_step(
         d_state[0] = carry[...]
 
 
-class _Channels:
-    """A decay for every channel of K; `scores` or `pullback` goes before the rest, which needs the sums it leaves.
-
-    A level of the tree is one array z [C, K]: the queries of right halves and the keys of left halves, scaled by the factors
-    of their halves. z z^T has the level's scores where i lies right and j left, and the matrix of d_scores and its transpose
-    times z has the gradients of both.
-
-    What passes from one step to the next does so through memory (`scratch`), in pieces of a few rows: registers hold a
-    piece at a time.
-    """
-
-    NEAR = (1, 2, 4)  # levels within 8 tokens, a tile of registers
-
-    def __init__(self, refs: dict, head: int, n: int, q, k, scratch: dict, masks: Masks):
-        width = q.shape[-1] // n
-        self.q, self.k, self.g, self.channels = q, k, refs["g"], pl.ds(head * width, width)
-        self.masks, self.size = masks, masks.size
-        self.sums, self.z = scratch["sums"].at[head], scratch["z"].at[head]
-        # The tables of all heads are one below the other, as a masked store takes slices alone.
-        self.tables, self.head = scratch["table"], head
-        self.table = self.tables.at[pl.ds(head * self.size, self.size)]
-        if "factor" in scratch:
-            self.factor, self.d_table, self.d_qk = (scratch[name].at[head] for name in ("factor", "d_table", "d_qk"))
-        else:
-            self.factor = None
-
-    def _set(self, slot: int, rows, mixed, sums):
-        factor = jnp.exp(sums)
-        self.z[slot, rows] = (mixed * factor).astype(self.z.dtype)
-        if self.factor is not None:
-            self.factor[slot, rows] = factor
-
-    def _near(self):
-        """Every level within tiles, in slots 0, 1, 2; leaves the sums over tiles up to and after every token."""
-        width = self.channels.size
-        row = iota((2, 8, width), 1)
-        for start in range(0, self.size, 16):
-            rows = pl.ds(start, 16)
-            q, k, before = (x[0, rows, self.channels].reshape(2, 8, width) for x in (self.q, self.k, self.g))
-            q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-            after = jnp.zeros_like(before)
-            for slot, s in enumerate(self.NEAR):
-                right = row // s % 2 == 1
-                mixed, sums = jnp.where(right, q, k), jnp.where(right, before, after)
-                self._set(slot, rows, mixed.reshape(16, width), sums.reshape(16, width))
-                left_total, right_total = _from_row(before, s, s - 1), _from_row(before, s, 2 * s - 1)
-                before, after = jnp.where(right, before + left_total, before), jnp.where(right, after, after + right_total)
-            self.sums[0, BEFORE, rows], self.sums[0, AFTER, rows] = before.reshape(16, width), after.reshape(16, width)
-
-    def _far(self):
-        """The other levels: yields (s, slot), then doubles the blocks."""
-        slot = len(self.NEAR)
-        # Every sum is written once, so that no read has to come early: where the newest of each tile of 8 rows lies.
-        newest = {side: dict.fromkeys(range(0, self.size, 8), 0) for side in (BEFORE, AFTER)}
-
-        def read(side, start, stop):
-            return [self.sums[newest[side][row], side, pl.ds(row, 8)] for row in range(start, stop, 8)]
-
-        s = 8
-        while s < self.size:
-            for start in range(0, self.size, 2 * s):
-                middle, stop = start + s, start + 2 * s
-                mixed = [x[0, pl.ds(at, s), self.channels] for x, at in ((self.k, start), (self.q, middle))]
-                sums = jnp.concatenate(read(AFTER, start, middle) + read(BEFORE, middle, stop))
-                self._set(slot, pl.ds(start, 2 * s), jnp.concatenate(mixed), sums)
-            yield s, slot
-            written = slot - len(self.NEAR) + 1
-            for start in range(0, self.size, 2 * s):
-                middle, stop = start + s, start + 2 * s
-                left_total, right_total = read(BEFORE, middle - 8, middle)[0][7:], read(BEFORE, stop - 8, stop)[0][7:]
-                for side, rows, more in ((AFTER, (start, middle), right_total), (BEFORE, (middle, stop), left_total)):
-                    for row, old in zip(range(*rows, 8), read(side, *rows), strict=True):
-                        self.sums[written, side, pl.ds(row, 8)] = old + more
-                for side, rows in ((AFTER, (start, middle)), (BEFORE, (middle, stop))):
-                    newest[side] |= dict.fromkeys(range(*rows, 8), written)
-            s, slot = 2 * s, slot + 1
-        before, after = (jnp.exp(jnp.concatenate(read(side, 0, self.size))) for side in (BEFORE, AFTER))
-        self.before, self.after, self.total = self.masks.with_resets(before, after, before[self.size - 1 :])
-
-    def _near_scores(self, q, k):
-        near = jnp.where(self.masks.apart == 0, dot(q, k, NT), 0)
-        for slot, s in enumerate(self.NEAR):
-            near = jnp.where(self.masks.at_level(s), dot(self.z[slot], self.z[slot], NT), near)
-        self.table[...] = near
-
-    def _far_scores(self, s: int, slot: int):
-        """Scores of the pairs that part at blocks of 2s tokens."""
-        rights = [slice(start + s, start + 2 * s) for start in range(0, self.size, 2 * s)]
-        parts = dot(_joined([self.z[slot, right] for right in rights]), self.z[slot], NT)
-        lane = iota((s, self.size), 1)
-        for m, right in enumerate(rights):
-            # To the left of the block's left half stand pairs of later levels, which fill them in after this one.
-            mask = lane < right.start
-            rows = pl.ds(self.head * self.size + right.start, s)
-            pltpu.store(self.tables.at[rows], parts[m * s : (m + 1) * s], mask=mask)
-
-    def _seen(self, scores):
-        return scores if self.masks.together is None else jnp.where(self.masks.together, scores, 0)
+class _Channels(Channels):
+    """As `Shared` for a decay of every channel."""
 
     def scores(self, q, k):
-        self._near()
-        self._near_scores(q, k)
-        for s, slot in self._far():
-            self._far_scores(s, slot)
-        return self._seen(self.table[...])
-
-    def read(self, q, h):
-        return dot(scaled(q, self.before), h, NT)
+        return super().scores()[0]
 
     def pullback(self, scale, q, k, v, do):
-        # What meets z: the cotangent of a pair's score, for its query and for its key.
-        both = jnp.where(self.masks.causal, dot(do, v, NT), dot(v, do, NT))
-        if self.masks.together is not None:
-            both = jnp.where(self.masks.together, both, 0)
-        self.d_table[...] = scale * both
-        self._near()
-        self._near_scores(q, k)
-        own = jnp.where(self.masks.apart == 0, self.d_table[...], 0).astype(q.dtype)
-        dq, dk = dot(own, k, NN), dot(own, q, NN)
-        row = iota(dq.shape, 0)
-        for slot, s in enumerate(self.NEAR):
-            both = self._d_level(self.d_table[...], self.masks.apart, s)
-            d_mixed = self.factor[slot] * dot(both, self.z[slot], NN)
-            right = row // s % 2 == 1
-            dq, dk = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)
-        self.d_qk[0], self.d_qk[1] = dq, dk
-        for s, slot in self._far():
-            self._far_scores(s, slot)
-            for start in range(0, self.size, 2 * s):
-                block = pl.ds(start, 2 * s)
-                both = self._d_level(self.d_table[block], self.masks.apart[start : start + 2 * s], s)
-                d_mixed = self.factor[slot, block] * dot(both, self.z[slot], NN)
-                self.d_qk[1, pl.ds(start, s)] += d_mixed[:s]
-                self.d_qk[0, pl.ds(start + s, s)] += d_mixed[s:]
-        return self._seen(scale * self.table[...]).astype(q.dtype), self.d_qk[0], self.d_qk[1]
-
-    def _d_level(self, both, apart, s: int):
-        return jnp.where((apart >= s) & (apart < 2 * s), both, 0).astype(self.z.dtype)
+        scores = (scale * self.scores(q, k)).astype(q.dtype)
+        d_scores = scale * jnp.where(self.masks.causal, dot(do, v, NT), dot(v, do, NT))
+        return scores, *self.gradients(d_scores)
 
 
-def _joined(parts):
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _decay(refs: dict, head: int, n: int, q, k, scratch: dict, masks: Masks) -> Shared | _Channels:
-    return _Channels(refs, head, n, q, k, scratch, masks) if "g" in refs else Shared(refs, head, masks)
-
-
-def _from_row(x, s: int, row: int):
-    """In tiles [N, 8, K], every row's block of 2s rows filled with the block's row of that number."""
-    parts = [x[:, at : at + 1] for at in range(row, 8, 2 * s)]
-    width = 2 * s
-    return jnp.concatenate([jnp.broadcast_to(part, (x.shape[0], width, x.shape[2])) for part in parts], axis=1)
-
-
-def _sum_from(x):
-    """Sums over the rows of x [C, K] from each on."""
-    size, width = x.shape
-    row = iota((8, width), 0)[None]
-    tiles = x.reshape(size // 8, 8, width)
-    for s in (1, 2, 4):
-        # Every left half gets the sum of its right half, which stands in that half's first row.
-        tiles = jnp.where(row // s % 2 == 0, tiles + _from_row(tiles, s, s), tiles)
-    rest, parts = jnp.zeros((1, width), x.dtype), []
-    for tile in reversed(range(size // 8)):
-        parts.append(tiles[tile] + rest)
-        rest = parts[-1][:1]
-    return jnp.concatenate(parts[::-1])
+def _decay(refs: dict, head: int, n: int, masks: Masks) -> Shared | _Channels:
+    return _Channels(refs, head, n, masks) if "g" in refs else Shared(refs, head, masks)

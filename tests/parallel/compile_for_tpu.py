@@ -27,6 +27,7 @@ from jaxlm.training.loop import jit_train_step, prepare
 from jaxlm.training.state import abstract_state
 
 COLLECTIVE = re.compile(r"= (\([^)]*\)|\S+) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+KERNEL = re.compile(r'%\w*?([a-z]+_[a-z]+_(?:forward|backward))_*[.\d]* = [^\n]*custom_call_target="tpu_custom_call"')
 
 
 def compile_step(topology: str, config: dict) -> dict:
@@ -41,12 +42,14 @@ def compile_step(topology: str, config: dict) -> dict:
         state = abstract_state(setup.optimizer, setup.infos, setup.shardings)
         compiled = jit_train_step(setup).lower(state, batch).compile()
     memory = compiled.memory_analysis()
-    kinds = [kind for _, kind in COLLECTIVE.findall(compiled.as_text())]
+    program = compiled.as_text()
+    kinds = [kind for _, kind in COLLECTIVE.findall(program)]
     return {
         "parameters": params.count(setup.infos),
         "devices": len(devices),
         "device_kind": devices[0].device_kind,
         "peak_gib": memory.peak_memory_in_bytes / 2**30,
+        "kernels": sorted(set(KERNEL.findall(program))),
         "collectives": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "mesh": {name: setup.mesh.shape[name] for name in setup.mesh.axis_names},
     }

@@ -39,14 +39,18 @@ def compile_for(topology: str, config: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    "mixer",
-    [{"kind": "gla"}, {"kind": "gated_deltanet", "heads": 6, "head_dim": 128, "expand_v": 1.0}],
-    ids=lambda mixer: mixer["kind"],
+    ("mixer", "op"),
+    [
+        ({"kind": "gla", "heads": 3}, "linear_attention"),
+        ({"kind": "gated_deltanet", "heads": 6, "head_dim": 128, "expand_v": 1.0}, "delta_rule"),
+    ],
+    ids=lambda x: x["kind"] if isinstance(x, dict) else "",
 )
-def test_a_hybrid_trains_on_64k_tokens_split_over_eight_v5e(mixer):
+def test_a_hybrid_trains_on_64k_tokens_split_over_eight_v5e(mixer, op):
     report = compile_for("v5e:2x4", hybrid(mixer))
     assert report["devices"] == 8
     assert 120e6 < report["parameters"] < 145e6
     assert report["peak_gib"] < V5E_GIB
+    assert report["kernels"] == [f"{op}_backward", f"{op}_forward"]
     # Attention layers gather keys and values, so there is traffic; nothing is resharded token by token.
     assert "all-to-all" not in report["collectives"]

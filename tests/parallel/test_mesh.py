@@ -36,6 +36,15 @@ def test_mesh_axes_are_auto_and_complete():
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
+def test_devices_of_the_mesh_are_known_in_bodies_of_shard_maps():
+    assert context.device() == jax.devices()[0]
+    mesh = mesh_lib.make_mesh({"data": 3}, jax.devices()[4:7])
+    with context.use_mesh(mesh), context.no_mesh():
+        assert context.active() is None
+        assert context.device() == jax.devices()[4]
+    assert context.device() == jax.devices()[0]
+
+
 def test_rules_can_be_replaced_and_typos_are_named():
     rules = mesh_lib.make_rules({"embed": []})
     assert mesh_lib.partition_spec(("embed", "mlp", None), rules) == PartitionSpec(None, ("tensor",), None)
