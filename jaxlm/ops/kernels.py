@@ -23,6 +23,7 @@ MODULES = {
     ("linear_attention", "tpu"): "pallas_kernels.linear_attention.tpu",
     ("linear_attention", "gpu"): "pallas_kernels.linear_attention.gpu",
     ("delta_rule", "tpu"): "pallas_kernels.delta_rule.tpu",
+    ("delta_rule", "gpu"): "pallas_kernels.delta_rule.gpu",
     ("diagonal_recurrence", "tpu"): "pallas_kernels.diagonal.tpu",
 }
 

@@ -75,7 +75,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
       reset: None or bool [B, T]: the state that such a token would continue is dropped.
       state: [B, H, K, V] float32, enters token 0.
       save: also return the states that enter the chunks.
-      chunk: C, a power of two from 16 on; None for 128, which suits the matrix units.
+      chunk: C, a power of two from 16 on; None for what suits the matrix units and the memory.
       interpret: as for `pl.pallas_call`.
 
     Returns:
@@ -83,7 +83,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
       None.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
-    layout = Layout(q, v, _heads(q, v), chunk or CHUNK)
+    layout = Layout(q, v, _heads(q, v, 4), chunk or _chunk(q, vector))
     shape = jax.ShapeDtypeStruct
     entering = jnp.swapaxes(state, -1, -2)
     outputs = {
@@ -114,7 +114,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
       float32.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
-    layout = Layout(q, v, _heads(q, v), chunk or CHUNK, reverse=True)
+    layout = Layout(q, v, _heads(q, v, 2 if vector else 4), chunk or _chunk(q, vector), reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
     d_leaving = jnp.swapaxes(d_final, -1, -2)
     inputs = prepared(layout, q, k, v, log_decay, reset) | {
@@ -149,10 +149,15 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
     return dq, dk, dv, of_rows(results["dbeta"]), dg, jnp.swapaxes(results["d_state"], -1, -2)
 
 
-def _heads(q, v) -> int:
-    """How many go side by side: four of 128 channels in bfloat16, fewer where they would not fit the chip's memory."""
+def _chunk(q, vector: bool) -> int:
+    """Tokens a chunk: with decays of channels 256 of them in float32 leave memory for half."""
+    return CHUNK // 2 if vector and q.shape[-1] * q.dtype.itemsize > 512 else CHUNK
+
+
+def _heads(q, v, most: int) -> int:
+    """How many go side by side: `most` of 128 channels in bfloat16, fewer where they would not fit the chip's memory."""
     a_head = (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize
-    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], min(4, max(1, 2048 // a_head)))
+    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], min(most, max(1, most * 512 // a_head)))
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:

@@ -29,7 +29,6 @@ With a decay of every channel of K, also three:
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import jax
@@ -38,181 +37,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-C = 64  # tokens a chunk of the walks
-PAIR = 2 * C  # tokens a chunk of the gradients, and between saved states
-DIMS = (64, 128)
-CHIPS = ("H100", "H200", "H800", "H20")
-FLOOR = -128.0  # exp(-128) is 0 in float32 and sums of 64 of them are finite, where those of -inf are not
-LOG2E = math.log2(math.e)
-SMS = 132  # multiprocessors of the chip
-F32 = jnp.float32
+from pallas_kernels import gpu
+from pallas_kernels.gpu import (
+    COLS,
+    F32,
+    FLOOR,
+    LOG2E,
+    ROWS,
+    WGMMA,
+    C,
+    Call,
+    by_column,
+    by_row,
+    decay_rows,
+    declines,
+    iota,
+    load,
+    padded,
+    product_after,
+    product_before,
+    product_total,
+    starts_of,
+    swizzled,
+    times,
+    value_blocks,
+    walk_chunks,
+    weights_between,
+)
 
-WGMMA = plgpu.Layout.WGMMA
-ROWS = WGMMA.reduce(1)  # a number for every row of a tile
-COLS = WGMMA.reduce(0)  # a number for every column
+__all__ = ["SAVED_AXES", "backward", "declines", "forward"]
+
+PAIR = 2 * C  # tokens a chunk of the gradients, and between saved states
 
 # The logical axes of what `forward` saves.
 SAVED_AXES = ("batch", None, "heads", None, None)
-
-
-def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
-    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
-    and rules nothing out."""
-    if not any(name in chip for name in CHIPS):
-        return f"the GPU kernel is made for Hopper ({', '.join(CHIPS)}), not for {chip or 'an unknown chip'}"
-    if any(x is not None and x not in DIMS for x in (K, V)):
-        return f"the GPU kernel has K and V in {DIMS}, not K={K}, V={V}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"the GPU kernel takes bfloat16, not {jnp.dtype(dtype).name}"
-    return None
-
-
-def _tile(shape, dtype):
-    """Shared memory that the copy engine and wgmma read: tiles of 8 rows, swizzled."""
-    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
-    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _by_row(x, shape):
-    return lax.broadcast_in_dim(x, shape, [0])
-
-
-def _by_column(x, shape):
-    return lax.broadcast_in_dim(x, shape, [1])
-
-
-def _iota(shape, axis):
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
-
-
-def _load(ref, layout=WGMMA):
-    return plgpu.load(ref, layout=layout)
-
-
-class _Call:
-    """A kernel, and matrix products in it that its interpreter can run too."""
-
-    def __init__(self, interpret):
-        self.interpret = plgpu.InterpretGPUParams() if interpret is True else interpret or None
-
-    def __call__(self, body, name, grid, operands, out_type, scratch, threads):
-        names, sizes = zip(*grid.items(), strict=True)
-        return plgpu.kernel(
-            body, out_type=out_type, scratch_types=scratch, grid=sizes, grid_names=names, num_threads=threads, thread_name="wg",
-            compiler_params=plgpu.CompilerParams(approx_math=True), interpret=self.interpret, kernel_name=name,
-        )(*operands)  # fmt: skip
-
-    def dot(self, *pairs, init=None):
-        """init + the sum of x @ y over pairs; y in shared memory, x there or in registers."""
-        shape = (pairs[0][0].shape[0], pairs[0][1].shape[1])
-        if self.interpret is not None:
-            for x, y in pairs:
-                if isinstance(x, jax.Array):
-                    product = jnp.dot(x, y[...], preferred_element_type=F32)
-                else:
-                    product = self._fresh([(x, y)], shape)
-                init = product if init is None else init + product
-            return init
-        if init is None:
-            return self._fresh(pairs, shape)
-
-        def accumulate(acc):
-            for x, y in pairs:
-                plgpu.wgmma(acc, x, y)
-
-        # Nothing that reads the sum may move ahead of the wait for it.
-        return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
-
-    def _fresh(self, pairs, shape):
-        def scoped(acc):
-            for x, y in pairs:
-                plgpu.wgmma(acc, x, y)
-            return acc[...]
-
-        product = pl.run_scoped(scoped, plgpu.ACC(shape, F32))
-        return product if self.interpret is not None else lax.optimization_barrier(product)
-
-
-def _rows(log_decay, reset, length, chunk):
-    """What the decays and documents do within chunks, as rows [B, H, N, 1 or 2, chunk]: sums of log decays up to each token, in
-    powers of 2, and with resets where in the chunk its document starts (-1 before it). None without either."""
-    if log_decay is None and reset is None:
-        return None
-    pad = -length % PAIR
-    if log_decay is None:
-        sums = jnp.zeros((reset.shape[0], 1, (length + pad) // chunk, chunk), F32)
-    else:
-        g = jnp.maximum(log_decay[..., 0], FLOOR) * LOG2E
-        if reset is not None:
-            g = jnp.where(reset[..., None], 0.0, g)  # what a reset drops needs no decay, and sums over it stay small
-        g = jnp.pad(g, ((0, 0), (0, pad), (0, 0))).swapaxes(1, 2).reshape(g.shape[0], g.shape[2], -1, chunk)
-        # Quadratic and one kernel, where a cumulative sum is several.
-        sums = jnp.sum(jnp.where(jnp.tri(chunk, dtype=bool), g[..., None, :], 0.0), axis=-1)
-    rows = [sums]
-    if reset is not None:
-        rows.append(jnp.broadcast_to(_starts(reset, length, chunk).astype(F32), sums.shape))
-    return jnp.stack(rows, axis=3)
-
-
-def _starts(reset, length, chunk):
-    """Where in its chunk the document of every token starts, -1 before it: [B, 1, N, C]."""
-    inside = jnp.pad(reset, ((0, 0), (0, -length % PAIR))).reshape(reset.shape[0], 1, -1, chunk)
-    return lax.cummax(jnp.where(inside, jnp.arange(chunk), -1), axis=3)
-
-
-SUMS, START = range(2)
-
-
-def _before(rows, layout, tokens=slice(None)):
-    """Products of the decays from the chunk's start up to each token, 0 for later documents, of its `_rows` in memory."""
-    before = jnp.exp2(_load(rows.at[SUMS, tokens], layout))
-    return jnp.where(_load(rows.at[START, tokens], layout) < 0, before, 0.0) if rows.shape[0] > START else before
-
-
-def _after(rows, layout, tokens=slice(None)):
-    """Products of the decays after each token to the chunk's end, 0 for documents that end before it."""
-    last = rows.shape[1] - 1
-    after = jnp.exp2(rows[SUMS, last] - _load(rows.at[SUMS, tokens], layout))
-    return jnp.where(_load(rows.at[START, tokens], layout) == rows[START, last], after, 0.0) if rows.shape[0] > START else after
-
-
-def _total(rows):
-    """Product of all decays of the chunk."""
-    last = rows.shape[1] - 1
-    total = jnp.exp2(rows[SUMS, last])
-    return jnp.where(rows[START, last] < 0, total, 0.0) if rows.shape[0] > START else total
-
-
-def _between(shape, rows, columns, queries, keys, *, transposed=False):
-    """What weighs the scores of a block of queries with a block of keys: rows are queries, or keys if transposed.
-
-    Args:
-      rows, columns: the chunk's `_rows` in two shared memories (one memory is read in one layout), or None for no decay.
-      queries, keys: where the blocks start in the chunk.
-    """
-    of_row, of_column = (keys, queries) if transposed else (queries, keys)
-    seen = None
-    if queries == keys:
-        i, j = _iota(shape, 0), _iota(shape, 1)
-        seen = (i <= j) if transposed else (i >= j)
-    if rows is None:
-        return None if seen is None else jnp.where(seen, 1.0, 0.0)
-
-    def load(which):
-        row = _load(rows.at[which, pl.ds(of_row, shape[0])], ROWS)
-        return _by_row(row, shape), _by_column(_load(columns.at[which, pl.ds(of_column, shape[1])], COLS), shape)
-
-    row, column = load(SUMS)
-    apart = column - row if transposed else row - column
-    if rows.shape[0] > START:
-        row, column = load(START)
-        seen = (row == column) if seen is None else seen & (row == column)
-    return jnp.exp2(apart if seen is None else jnp.where(seen, apart, -jnp.inf))
-
-
-def _times(x, weights):
-    return x if weights is None else x * weights
 
 
 def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, reverse=False):
@@ -221,7 +79,7 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
 
     Args:
       x: [B, T, H, K]; y: [B, T, H, V].
-      rows: of `_rows`, for chunks of C.
+      rows: of `decay_rows`, for chunks of C.
       state: [B, S, H, V, K] float32, entering each of S segments of whole pairs of chunks.
       q: also return o = scale q h + P y.
       emit: also return the state at every pair of chunks [B, N / 2, H, V, K] in x's dtype, before it takes part.
@@ -233,13 +91,13 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
     V = y.shape[-1]
     pairs = T // PAIR
     each = -(-pairs // segments)
-    blocks = _value_blocks(B * H * segments, V)
+    blocks = value_blocks(B * H * segments, V)
     wgs = V // blocks // C
     stages = 4 if q is None or K + V < 256 else 3
     dtype = x.dtype
     out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
     scratch = {
-        "x_s": _tile((stages, C, K), dtype), "y_s": _tile((stages, wgs, C, C), dtype),
+        "x_s": swizzled((stages, C, K), dtype), "y_s": swizzled((stages, wgs, C, C), dtype),
         "full": plgpu.Barrier(num_arrivals=1 + wgs + (q is not None) + (0 if rows is None else 1 + (q is not None)),
                               num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
@@ -254,11 +112,11 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
     if q is not None:
         operands.append(q)
         out_type.append(jax.ShapeDtypeStruct((B, T, H, V), y.dtype))
-        scratch |= {"q_s": _tile((stages, C, K), dtype), "o_s": _tile((wgs, C, C), y.dtype)}
+        scratch |= {"q_s": swizzled((stages, C, K), dtype), "o_s": swizzled((wgs, C, C), y.dtype)}
     if emit:
         out_type.append(jax.ShapeDtypeStruct((B, pairs, H, V, K), dtype))
     if emit or q is not None:
-        scratch["h_s"] = _tile((wgs, C, K), dtype)
+        scratch["h_s"] = swizzled((wgs, C, K), dtype)
 
     def body(x_ref, y_ref, state_ref, *refs, x_s, y_s, full, empty, done, columns_s=None, rows_s=None, q_s=None, o_s=None,
              h_s=None):
@@ -278,8 +136,8 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
         def chunk(n):
             return last - 1 - n if reverse else first + n
 
-        def fetch(n):
-            slot, at = lax.rem(n, stages), chunk(n)
+        def fetch(n, slot):
+            at = chunk(n)
             tokens, bar = pl.ds(at * C, C), full.at[slot]
             plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h], x_s.at[slot], bar)
             for i in range(wgs):
@@ -292,24 +150,7 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
             if q is not None:
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
 
-        @pl.when(wg == 0)
-        def _():
-            for n in range(stages - 1):
-                pl.when(n < count)(lambda n=n: fetch(jnp.int32(n)))
-
-        def step(n, st):
-            slot = lax.rem(n, stages)
-            ahead = n + stages - 1
-
-            @pl.when((wg == 0) & (ahead < count))
-            def _():
-                if wgs > 1:
-                    @pl.when(n > 0)
-                    def _():
-                        plgpu.barrier_wait(empty.at[lax.rem(ahead, stages)])
-                fetch(ahead)
-
-            plgpu.barrier_wait(full.at[slot])
+        def step(n, slot, st):
             x_c, y_c = x_s.at[slot], y_s.at[slot, wg]
             if emit or q is not None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -322,31 +163,26 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
             if q is not None:
                 q_c = q_s.at[slot]
                 of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
-                scores = _times(call.dot((q_c, x_c.T)), _between((C, C), of_row, of_column, 0, 0)) * scale
+                scores = times(call.dot((q_c, x_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * scale
                 o = call.dot((q_c, h_s.at[wg].T)) * scale
                 if rows is not None:
-                    o = o * _by_row(_before(of_row, ROWS), o.shape)
+                    o = o * by_row(product_before(of_row, ROWS), o.shape)
                 o = call.dot((scores.astype(dtype), y_c), init=o)
                 o_s.at[wg][...] = o.astype(o_s.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s.at[wg], o_ref.at[b, pl.ds(chunk(n) * C, C), h, mine])
-            yt = _load(y_c.T)
+            yt = load(y_c.T)
             if rows is not None:
                 of_column = columns_s.at[slot]
-                weights = _before(of_column, COLS) * scale if reverse else _after(of_column, COLS)
-                yt = (yt.astype(F32) * _by_column(weights, yt.shape)).astype(dtype)
-                st = st * _total(of_column)
+                weights = product_before(of_column, COLS) * scale if reverse else product_after(of_column, COLS)
+                yt = (yt.astype(F32) * by_column(weights, yt.shape)).astype(dtype)
+                st = st * product_total(of_column)
             elif reverse:
                 yt = (yt.astype(F32) * scale).astype(dtype)
-            st = call.dot((yt, x_c), init=st)
-            plgpu.commit_smem()  # what this chunk's memory held has been read before the copy engine fills it again
-            if wgs > 1:
-                @pl.when(n + stages < count)
-                def _():
-                    plgpu.barrier_arrive(empty.at[slot])
-            return st
+            return call.dot((yt, x_c), init=st)
 
-        st = lax.fori_loop(0, count, step, plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False))
+        st = plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
+        st = walk_chunks(fetch, step, st, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
         final_ref.at[b, s, h, mine][...] = st
         if emit or q is not None:
             plgpu.wait_smem_to_gmem(0)
@@ -367,7 +203,7 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
 
     Args:
       q, k: [B, T, H, K]; v, do: [B, T, H, V].
-      rows: of `_rows`, for pairs of chunks.
+      rows: of `decay_rows`, for pairs of chunks.
       h, dh: [B, N, H, V, K].
 
     Returns:
@@ -379,9 +215,9 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
     dtype = q.dtype
     scratch = {
         # Halves are memories of their own: products are traced as functions, which take no constant index of a memory.
-        "q_s": [_tile((C, K), dtype)] * 2, "k_s": [_tile((C, K), dtype)] * 2, "v_s": [_tile((C, V), dtype)] * 2,
-        "do_s": [_tile((C, V), dtype)] * 2, "h_s": _tile((V, K), dtype), "dh_s": _tile((V, K), dtype),
-        "out_s": _tile((2, C, C), dtype),
+        "q_s": [swizzled((C, K), dtype)] * 2, "k_s": [swizzled((C, K), dtype)] * 2, "v_s": [swizzled((C, V), dtype)] * 2,
+        "do_s": [swizzled((C, V), dtype)] * 2, "h_s": swizzled((V, K), dtype), "dh_s": swizzled((V, K), dtype),
+        "out_s": swizzled((2, C, C), dtype),
         "full": plgpu.Barrier(num_arrivals=10 if rows is None else 12), "done": plgpu.Barrier(num_arrivals=2),
     }  # fmt: skip
     operands = [q, k, v, do, h, dh]
@@ -425,40 +261,40 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
                 plgpu.copy_smem_to_gmem(out_s.at[half], ref.at[b, pl.ds(n * PAIR + half * C, C), hd, pl.ds(start, C)])
 
         def factor(of, half, shape):
-            return None if rows is None else _by_row(of(rows_s, ROWS, pl.ds(half * C, C)), shape)
+            return None if rows is None else by_row(of(rows_s, ROWS, pl.ds(half * C, C)), shape)
 
         def weigh(product, queries, keys, transposed):
-            weights = _between((C, C), rows_s, columns_s, queries * C, keys * C, transposed=transposed)
-            return (_times(product, weights) * scale).astype(dtype)
+            weights = weights_between((C, C), rows_s, columns_s, queries * C, keys * C, transposed=transposed)
+            return (times(product, weights) * scale).astype(dtype)
 
         def of(half):
             """The gradients of one half; blocks of pairs of tokens that it takes part in are those on and off the diagonal."""
             flow = None
-            dq = _times(call.dot((do_s[half], h_s)) * scale, factor(_before, half, (C, K)))
+            dq = times(call.dot((do_s[half], h_s)) * scale, factor(product_before, half, (C, K)))
             for keys in blocks[: half + 1]:
                 d_scores = weigh(call.dot((do_s[half], v_s[keys].T)), half, keys, False)
                 dq = call.dot((d_scores, k_s[keys]), init=dq)
             if rows is not None:
-                flow = jnp.sum(dq * _load(q_s[half]).astype(F32), axis=1)
+                flow = jnp.sum(dq * load(q_s[half]).astype(F32), axis=1)
             send(dq, dq_ref, half)
-            dk = _times(call.dot((v_s[half], dh_s)), factor(_after, half, (C, K)))
+            dk = times(call.dot((v_s[half], dh_s)), factor(product_after, half, (C, K)))
             if rows is not None:
-                own = jnp.sum(dk * _load(k_s[half]).astype(F32), axis=1)
+                own = jnp.sum(dk * load(k_s[half]).astype(F32), axis=1)
                 if V == PAIR:
                     part = pl.ds(half * C, C)
-                    both = _load(h_s.at[part]).astype(F32) * _load(dh_s.at[part]).astype(F32)
-                    own = own + _total(columns_s) * jnp.sum(both, axis=1)
+                    both = load(h_s.at[part]).astype(F32) * load(dh_s.at[part]).astype(F32)
+                    own = own + product_total(columns_s) * jnp.sum(both, axis=1)
                 elif half == 0:
-                    both = _load(h_s).astype(F32) * _load(dh_s).astype(F32)
-                    own = own + _total(columns_s) * jnp.sum(both, axis=1)
+                    both = load(h_s).astype(F32) * load(dh_s).astype(F32)
+                    own = own + product_total(columns_s) * jnp.sum(both, axis=1)
                 common_s.at[half][...] = own
             for queries in blocks[half:]:
                 d_scores = weigh(call.dot((v_s[half], do_s[queries].T)), queries, half, True)
                 dk = call.dot((d_scores, q_s[queries]), init=dk)
             if rows is not None:
-                flow_s.at[half][...] = flow - jnp.sum(dk * _load(k_s[half]).astype(F32), axis=1)
+                flow_s.at[half][...] = flow - jnp.sum(dk * load(k_s[half]).astype(F32), axis=1)
             send(dk, dk_ref, half)
-            dv = _times(call.dot((k_s[half], dh_s.T)), factor(_after, half, (C, V)))
+            dv = times(call.dot((k_s[half], dh_s.T)), factor(product_after, half, (C, V)))
             for queries in blocks[half:]:
                 scores = weigh(call.dot((k_s[half], q_s[queries].T)), queries, half, True)
                 dv = call.dot((scores, do_s[queries]), init=dv)
@@ -487,14 +323,14 @@ class _Levels:
 
     def __init__(self, call, dtype):
         self.call, self.dtype = call, dtype  # that of `partners`
-        self.i, self.j = _iota((C, C), 0), _iota((C, C), 1)
+        self.i, self.j = iota((C, C), 0), iota((C, C), 1)
         self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
 
     def _inside(self, low, high, dtype):
         """1 where low <= j <= high for column j, else 0, of numbers for every row."""
         j = self.j.astype(dtype)
-        from_low = j - _by_row((low - 1).astype(dtype), (C, C))
-        to_high = _by_row((high + 1).astype(dtype), (C, C)) - j
+        from_low = j - by_row((low - 1).astype(dtype), (C, C))
+        to_high = by_row((high + 1).astype(dtype), (C, C)) - j
         return jnp.minimum(jnp.maximum(jnp.minimum(from_low, to_high), jnp.zeros((), dtype)), jnp.ones((), dtype))
 
     def right(self, s):
@@ -537,7 +373,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
     """What a decay of every channel does within chunks.
 
     Args:
-      q, k: [B, T, H, K]; g: [B, T, H, K] float32, powers of 2; start: [B, N, C] as in `_rows`, or None.
+      q, k: [B, T, H, K]; g: [B, T, H, K] float32, powers of 2; start: [B, N, C] as in `decay_rows`, or None.
 
     Returns:
       scale q times the decays up to each token; k times those after it; the scores [B, H, N, C, C]; and the decays of whole
@@ -546,9 +382,9 @@ def _prepare_channels(call, q, k, g, start, *, scale):
     B, T, H, K = q.shape
     tiles = range(K // C)
     dtype = q.dtype
-    scratch = {name: [_tile((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
+    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
     scratch |= {
-        "g_s": [_tile((C, C), F32)] * len(tiles), "sum_s": [_tile((C, C), jnp.float16)] * len(tiles),
+        "g_s": [swizzled((C, C), F32)] * len(tiles), "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles),
         "total_s": plgpu.SMEM((K,), F32), "full": plgpu.Barrier(num_arrivals=3 * len(tiles)),
     }  # fmt: skip
     operands = [q, k, g]
@@ -579,11 +415,11 @@ def _prepare_channels(call, q, k, g, start, *, scale):
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, started)
             plgpu.barrier_wait(started)
-            starts = _by_row(_load(rows_s, ROWS), (C, C))
-            together = starts == _by_column(_load(columns_s, COLS), (C, C))
+            starts = by_row(load(rows_s, ROWS), (C, C))
+            together = starts == by_column(load(columns_s, COLS), (C, C))
         plgpu.barrier_wait(full)
         for tile in tiles:
-            g = _load(g_s[tile])
+            g = load(g_s[tile])
             sum_s[tile][...] = g.astype(jnp.float16)
             lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
             total_s.at[columns[tile]][...] = jnp.sum(g, axis=0) + lost
@@ -591,7 +427,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
         scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
         for size in LEVELS:
             for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
-                mixed = jnp.where(levels.right(size), _load(q_s[tile]), _load(k_s[tile])).astype(F32)
+                mixed = jnp.where(levels.right(size), load(q_s[tile]), load(k_s[tile])).astype(F32)
                 z_s[tile][...] = (mixed * factor).astype(dtype)
             plgpu.commit_smem()
             scores = jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
@@ -603,8 +439,8 @@ def _prepare_channels(call, q, k, g, start, *, scale):
             if start is not None:
                 before = jnp.where(starts < 0, before, 0.0)
                 after = jnp.where(starts == rows_s[C - 1], after, 0.0)
-            q_s[tile][...] = (_load(q_s[tile]).astype(F32) * before).astype(dtype)
-            k_s[tile][...] = (_load(k_s[tile]).astype(F32) * after).astype(dtype)
+            q_s[tile][...] = (load(q_s[tile]).astype(F32) * before).astype(dtype)
+            k_s[tile][...] = (load(k_s[tile]).astype(F32) * after).astype(dtype)
         z_s[0][...] = scores.astype(dtype)
         plgpu.commit_smem()
         for tile in tiles:
@@ -630,14 +466,15 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
     V = y.shape[-1]
     chunks = T // C
     each = -(-chunks // segments)
-    blocks = _value_blocks(B * H * segments, V)
+    blocks = value_blocks(B * H * segments, V)
     wgs = V // blocks // C
     stages = 3
     dtype = x.dtype
     outputs = q is not None
     out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
     scratch = {
-        "x_s": _tile((stages, C, K), dtype), "y_s": _tile((stages, wgs, C, C), dtype), "total_s": plgpu.SMEM((stages, K), F32),
+        "x_s": swizzled((stages, C, K), dtype), "y_s": swizzled((stages, wgs, C, C), dtype),
+        "total_s": plgpu.SMEM((stages, K), F32),
         "full": plgpu.Barrier(num_arrivals=2 + wgs + 2 * outputs, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
     }  # fmt: skip
@@ -645,12 +482,12 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
     if outputs:
         operands += [q, scores]
         out_type.append(jax.ShapeDtypeStruct((B, T, H, V), y.dtype))
-        scratch |= {"q_s": _tile((stages, C, K), dtype), "p_s": _tile((stages, C, C), dtype)}
-        scratch["o_s"] = _tile((wgs, C, C), y.dtype)
+        scratch |= {"q_s": swizzled((stages, C, K), dtype), "p_s": swizzled((stages, C, C), dtype)}
+        scratch["o_s"] = swizzled((wgs, C, C), y.dtype)
     if emit:
         out_type.append(jax.ShapeDtypeStruct((B, chunks, H, V, K), dtype))
     if emit or outputs:
-        scratch["h_s"] = _tile((wgs, C, K), dtype)
+        scratch["h_s"] = swizzled((wgs, C, K), dtype)
 
     def body(x_ref, y_ref, total_ref, state_ref, *refs, x_s, y_s, total_s, full, empty, done, q_s=None, p_s=None, o_s=None,
              h_s=None):
@@ -669,8 +506,8 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
         def chunk(n):
             return last - 1 - n if reverse else first + n
 
-        def fetch(n):
-            slot, at = lax.rem(n, stages), chunk(n)
+        def fetch(n, slot):
+            at = chunk(n)
             tokens, bar = pl.ds(at * C, C), full.at[slot]
             plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h], x_s.at[slot], bar)
             for i in range(wgs):
@@ -680,24 +517,7 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
                 plgpu.copy_gmem_to_smem(p_ref.at[b, h, at], p_s.at[slot], bar)
 
-        @pl.when(wg == 0)
-        def _():
-            for n in range(stages - 1):
-                pl.when(n < count)(lambda n=n: fetch(jnp.int32(n)))
-
-        def step(n, st):
-            slot = lax.rem(n, stages)
-            ahead = n + stages - 1
-
-            @pl.when((wg == 0) & (ahead < count))
-            def _():
-                if wgs > 1:
-                    @pl.when(n > 0)
-                    def _():
-                        plgpu.barrier_wait(empty.at[lax.rem(ahead, stages)])
-                fetch(ahead)
-
-            plgpu.barrier_wait(full.at[slot])
+        def step(n, slot, st):
             x_c, y_c = x_s.at[slot], y_s.at[slot, wg]
             if emit or outputs:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -711,16 +531,11 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
                 o_s.at[wg][...] = o.astype(o_s.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(o_s.at[wg], o_ref.at[b, pl.ds(chunk(n) * C, C), h, mine])
-            kept = _by_column(jnp.exp2(_load(total_s.at[slot], COLS)), st.shape)
-            st = call.dot((y_c.T, x_c), init=st * kept)
-            plgpu.commit_smem()  # what this chunk's memory held has been read before the copy engine fills it again
-            if wgs > 1:
-                @pl.when(n + stages < count)
-                def _():
-                    plgpu.barrier_arrive(empty.at[slot])
-            return st
+            kept = by_column(jnp.exp2(load(total_s.at[slot], COLS)), st.shape)
+            return call.dot((y_c.T, x_c), init=st * kept)
 
-        st = lax.fori_loop(0, count, step, plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False))
+        st = plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
+        st = walk_chunks(fetch, step, st, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
         final_ref.at[b, s, h, mine][...] = st
         if emit or outputs:
             plgpu.wait_smem_to_gmem(0)
@@ -747,11 +562,11 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
     V = v.shape[-1]
     dtype = q.dtype
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)]
-    scratch = {name: _tile((C, C), dtype) for name in ("q_s", "k_s", "z_s")}
-    scratch |= {name: _tile((C, V), dtype) for name in ("v_s", "do_s")}
-    scratch |= {name: _tile((V, C), dtype) for name in ("h_s", "dh_s")}
+    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s", "z_s")}
+    scratch |= {name: swizzled((C, V), dtype) for name in ("v_s", "do_s")}
+    scratch |= {name: swizzled((V, C), dtype) for name in ("h_s", "dh_s")}
     scratch |= {
-        "g_s": _tile((C, C), F32), "sum_s": _tile((C, C), jnp.float16),
+        "g_s": swizzled((C, C), F32), "sum_s": swizzled((C, C), jnp.float16),
         "full": plgpu.Barrier(num_arrivals=7 + (0 if start is None else 2)),
     }  # fmt: skip
     operands = [q, k, v, do, g, h, dh]
@@ -783,19 +598,19 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         both = jnp.where(i >= j, call.dot((do_s, v_s.T)), call.dot((v_s, do_s.T))) * scale
         starts = None
         if start is not None:
-            starts = _by_row(_load(rows_s, ROWS), (C, C))
-            both = jnp.where(starts == _by_column(_load(columns_s, COLS), (C, C)), both, 0.0)
-        own = _by_row(jnp.sum(jnp.where(i == j, both, 0.0), axis=1), (C, C))
+            starts = by_row(load(rows_s, ROWS), (C, C))
+            both = jnp.where(starts == by_column(load(columns_s, COLS), (C, C)), both, 0.0)
+        own = by_row(jnp.sum(jnp.where(i == j, both, 0.0), axis=1), (C, C))
         both = both.astype(dtype)
-        g = _load(g_s)
+        g = load(g_s)
         sum_s[...] = g.astype(jnp.float16)
         total = jnp.exp2(jnp.sum(g, axis=0))
         plgpu.commit_smem()
-        dq, dk = own * _load(k_s).astype(F32), own * _load(q_s).astype(F32)
+        dq, dk = own * load(k_s).astype(F32), own * load(q_s).astype(F32)
         for size in LEVELS:
             right = levels.right(size)
             [factor] = levels.factors([sum_s], size)
-            z_s[...] = (jnp.where(right, _load(q_s), _load(k_s)).astype(F32) * factor).astype(dtype)
+            z_s[...] = (jnp.where(right, load(q_s), load(k_s)).astype(F32) * factor).astype(dtype)
             plgpu.commit_smem()
             d_mixed = factor * call.dot((both * levels.partners(size), z_s))
             dq, dk = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)
@@ -807,14 +622,14 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         dq = dq + before * call.dot((do_s, h_s))
         dk_later = after * call.dot((v_s, dh_s))
         dk = dk + dk_later
-        q_f, k_f = _load(q_s).astype(F32), _load(k_s).astype(F32)
+        q_f, k_f = load(q_s).astype(F32), load(k_s).astype(F32)
         # What the leaving state and its cotangent have in common.
         common = jnp.sum(dk_later * k_f, axis=0)
         if start is not None:
             total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
         for value in range(0, V, C):
             part = pl.ds(value, C)
-            common = common + total * jnp.sum(_load(h_s.at[part]).astype(F32) * _load(dh_s.at[part]).astype(F32), axis=0)
+            common = common + total * jnp.sum(load(h_s.at[part]).astype(F32) * load(dh_s.at[part]).astype(F32), axis=0)
         flow = q_f * dq - k_f * dk
         q_s[...] = dq.astype(dtype)
         k_s[...] = dk.astype(dtype)
@@ -824,7 +639,7 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         # Sums of the flow over the tokens from each on.
         z_s[...] = flow.astype(dtype)
         plgpu.commit_smem()
-        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + _by_column(common, (C, C))
+        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(common, (C, C))
         if start is not None:
             dg = jnp.where(starts == i.astype(F32), 0.0, dg)
         g_s[...] = dg
@@ -834,10 +649,6 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
 
     grid = {"h": H * (K // C), "n": T // C, "b": B}
     return call(body, "linear_attention_channels_backward", grid, operands, out_type, scratch, 1)
-
-
-def _padded(x):
-    return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % PAIR), *[(0, 0)] * (x.ndim - 2)))
 
 
 def _segment_decays(log_decay, reset, segments, each):
@@ -878,7 +689,7 @@ def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
       shape: that of v; unit: tokens that a segment is a multiple of.
     """
     B, T, H, V = shape
-    segments = max(1, min(SMS // (B * H * (V // C)), T // PAIR // 4))
+    segments = max(1, min(gpu.SMS // (B * H * (V // C)), T // PAIR // 4))
     state = jnp.swapaxes(state, -1, -2)
     states = state[:, None]
     if segments > 1:
@@ -891,8 +702,8 @@ def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
 
 def _channels(log_decay, reset):
     """Decays of every channel as powers of 2, and where the document of every token starts in its chunk."""
-    start = None if reset is None else _starts(reset, reset.shape[1], C)[:, 0].astype(F32)
-    return _padded(jnp.maximum(log_decay, FLOOR) * LOG2E), start
+    start = None if reset is None else starts_of(reset, reset.shape[1] + -reset.shape[1] % PAIR, C)[:, 0].astype(F32)
+    return padded(jnp.maximum(log_decay, FLOOR) * LOG2E, PAIR), start
 
 
 def _is_vector(log_decay):
@@ -914,14 +725,14 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
     Returns:
       o [B, T, H, V] in the dtype of v; the final state, float32; what `backward` needs, None unless save.
     """
-    call, length = _Call(interpret), q.shape[1]
-    q, k, v = (_padded(x) for x in (q, k, v))
+    call, length = Call(interpret), q.shape[1]
+    q, k, v = (padded(x, PAIR) for x in (q, k, v))
     unit = PAIR
     if _is_vector(log_decay):
         q, k, scores, total = _prepare_channels(call, q, k, *_channels(log_decay, reset), scale=scale)
         walk, unit = partial(_walk_channels, call, k, v, total, scores=scores), C
     else:
-        walk = partial(_walk, call, k, v, _rows(log_decay, reset, length, C), scale=scale)
+        walk = partial(_walk, call, k, v, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
     decays = partial(_segment_decays, log_decay, reset)
     final, o, saved = _walked(walk, state, decays, v.shape, unit, q=q, emit=save)
     return o[:, :length], final, saved
@@ -937,8 +748,8 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
     Returns:
       dq, dk, dv in their dtypes; d log_decay, float32 (None without); the gradient of the initial state, float32.
     """
-    call, length = _Call(interpret), q.shape[1]
-    q, k, v, do = (_padded(x) for x in (q, k, v, do))
+    call, length = Call(interpret), q.shape[1]
+    q, k, v, do = (padded(x, PAIR) for x in (q, k, v, do))
     decays = partial(_segment_decays, log_decay, reset)
     if _is_vector(log_decay):
         g, start = _channels(log_decay, reset)
@@ -947,9 +758,10 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
         d_state, dv, d_leaving = _walked(walk, d_final, decays, v.shape, C, q=scaled_k, emit=True, reverse=True)
         dq, dk, dg = _gradients_channels(call, q, k, v, do, g, start, saved, d_leaving, scale=scale)
         return *(x[:, :length] for x in (dq, dk, dv, dg)), d_state
-    walk = partial(_walk, call, q, do, _rows(log_decay, reset, length, C), scale=scale)
+    walk = partial(_walk, call, q, do, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
     d_state, _, d_leaving = _walked(walk, d_final, decays, v.shape, PAIR, emit=True, reverse=True)
-    dq, dk, dv, *sums = _gradients(call, q, k, v, do, _rows(log_decay, reset, length, PAIR), saved, d_leaving, scale=scale)
+    rows = decay_rows(log_decay, reset, q.shape[1], PAIR)
+    dq, dk, dv, *sums = _gradients(call, q, k, v, do, rows, saved, d_leaving, scale=scale)
     dg = None
     if log_decay is not None:
         flow, common = sums
@@ -958,8 +770,3 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
         if reset is not None:
             dg = jnp.where(reset[..., None, None], 0.0, dg)
     return dq[:, :length], dk[:, :length], dv[:, :length], dg, d_state
-
-
-def _value_blocks(walks, V):
-    """Into how many blocks to split the value channels, so that there are enough walks for the chip."""
-    return 1 if V == C or walks >= SMS else V // C

@@ -10,31 +10,13 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.ops import kernels
-from jaxlm.ops.delta_rule import _run, delta_rule
+from jaxlm.ops.delta_rule import delta_rule
 from jaxlm.ops.forms import choose
 from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.delta_rule import tpu
-from tests.pallas_kernels import linear_attention
-from tests.pallas_kernels.linear_attention import assert_all_close
-
-NAMES = ("o", "final state", "dq", "dk", "dv", "dbeta", "dg", "d state")
-KINDS = ("none", "scalar", "vector")
-TOLERANCES = {
-    "float32": dict.fromkeys(NAMES, 5e-6),
-    # What tokens write, rounded, is read by those after them: the chunked form has errors of 0.0055 on these inputs.
-    "bfloat16": linear_attention.TOLERANCES["bfloat16"] | {"o": 0.0065, "final state": 0.0065, "dbeta": 0.02, "dg": 0.025},
-}
-
-
-def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0, most=1.0):
-    """As for linear attention, with keys of length 1 and beta from 0 to `most`."""
-    (q, k, v, g), *rest = linear_attention.arrays(kind, T, H, K, V, B=B, dtype=dtype, seed=seed)
-    k = k.astype(jnp.float32)
-    k = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(dtype)
-    beta = jnp.asarray(np.random.default_rng(seed + 1).uniform(0, most, size=(B, T, H, 1)), jnp.float32)
-    return (q, k, v, beta, g), *rest
+from tests.pallas_kernels.delta_rule import KINDS, TOLERANCES, arrays, assert_close, reference
 
 
 def run(inputs, reset, state, do, d_final, **settings):
@@ -47,22 +29,6 @@ def run(inputs, reset, state, do, d_final, **settings):
         return o, final, *tpu.backward(scale, *inputs, reset, saved, do, d_final, **settings)
 
     return both(inputs, state, do, d_final)
-
-
-def reference(inputs, reset, state, do, d_final):
-    """The same of the recurrent form in float32, on the same values."""
-    inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
-    scale = inputs[0].shape[-1] ** -0.5
-
-    def recurrent(q, k, v, beta, g, state):
-        return _run(scale, "recurrent", 16, (q, k, v, beta, None, g), reset, state)
-
-    (o, final), pull = jax.vjp(recurrent, *inputs, state)
-    return o, final, *pull((do.astype(jnp.float32), d_final))
-
-
-def check(got, expected, dtype):
-    assert_all_close(got, expected, NAMES, TOLERANCES[dtype])
 
 
 CASES = [
@@ -85,7 +51,7 @@ def test_values_and_gradients(case, dtype):
     got = run(inputs, reset, *rest, chunk=16, interpret=True)
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
-    check(got, reference(inputs, reset, *rest), dtype)
+    assert_close(got, reference(inputs, reset, *rest), dtype)
 
 
 @pytest.mark.slow
@@ -93,14 +59,14 @@ def test_values_and_gradients(case, dtype):
 @pytest.mark.parametrize(("K", "V"), [(256, 128), (128, 256), (128, 128)])
 def test_whole_chunks_and_wide_heads(kind, K, V):
     inputs, *rest = arrays(kind, 200, 2, K, V, B=1, dtype="bfloat16")
-    check(run(inputs, *rest, interpret=True), reference(inputs, *rest), "bfloat16")
+    assert_close(run(inputs, *rest, interpret=True), reference(inputs, *rest), "bfloat16")
 
 
 @pytest.mark.slow
 def test_the_inverse_of_whole_chunks_in_float32():
     """Reflections of similar keys: entries of powers of A would grow beyond float32's digits."""
     inputs, _, *rest = arrays("none", 200, 2, 64, 64, B=1, most=2.0)
-    check(run(inputs, None, *rest, interpret=True), reference(inputs, None, *rest), "float32")
+    assert_close(run(inputs, None, *rest, interpret=True), reference(inputs, None, *rest), "float32")
 
 
 def test_no_races_and_nothing_uninitialised():
@@ -109,7 +75,7 @@ def test_no_races_and_nothing_uninitialised():
     newer = {"on_race": "raise"} if "on_race" in pltpu.InterpretParams.__dataclass_fields__ else {}  # jax >= 0.12
     interpret = pltpu.InterpretParams(random_seed=1, detect_races=True, **newer)
     try:
-        check(run(inputs, *rest, chunk=16, interpret=interpret), reference(inputs, *rest), "float32")
+        assert_close(run(inputs, *rest, chunk=16, interpret=interpret), reference(inputs, *rest), "float32")
     finally:
         pltpu.reset_tpu_interpret_mode_state()
 
@@ -165,7 +131,9 @@ def test_the_op_calls_the_kernel(mesh, monkeypatch):
         ({"decay": "vector"}, None),
         ({"decoupled": True}, "one gate beta, not one to erase and one to write"),
         ({"value_dim": 96}, "K and V in (64, 128, 256), not K=128, V=96"),
-        ({"platform": "gpu", "chip": "NVIDIA H100"}, "no Pallas kernel for gpu"),
+        ({"platform": "gpu", "chip": "NVIDIA H100"}, None),
+        ({"platform": "gpu", "chip": "NVIDIA H100", "decay": "vector"}, "not one of every channel"),
+        ({"platform": "gpu", "chip": "NVIDIA A100"}, "made for Hopper"),
     ],
     ids=str,
 )
@@ -179,7 +147,7 @@ def test_where_the_kernel_joins(change, reason):
 CASE = "pallas_kernels.cases:abstract"
 
 # Static cycles a token and head on v5e, forward and backward, that a change must not exceed; measured a tenth below.
-CYCLES = {"none": (8.6, 13.2), "scalar": (9.3, 15.5), "vector": (12.7, 23.5)}
+CYCLES = {"none": (8.6, 13.2), "scalar": (9.3, 15.5), "vector": (12.7, 26.5)}
 
 
 @pytest.mark.aot

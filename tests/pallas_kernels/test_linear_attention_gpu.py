@@ -13,6 +13,7 @@ from jaxlm.ops import kernels
 from jaxlm.ops.forms import choose
 from jaxlm.ops.linear_attention import linear_attention
 from pallas_kernels import aot
+from pallas_kernels import gpu as hopper
 from pallas_kernels.linear_attention import gpu
 from tests.pallas_kernels.linear_attention import KINDS, arrays, assert_close, reference
 
@@ -54,7 +55,7 @@ def test_values_gradients_and_no_races(case, monkeypatch):
     *sizes, resets, segments = case
     inputs, reset, *rest = arrays(*sizes, B=1, dtype="bfloat16")
     # A chip of as many multiprocessors as make that many segments.
-    monkeypatch.setattr(gpu, "SMS", segments * sizes[2] * (sizes[4] // gpu.C))
+    monkeypatch.setattr(hopper, "SMS", segments * sizes[2] * (sizes[4] // hopper.C))
     reset = reset if resets else None
     got = run(inputs, reset, *rest, interpret=RACES)
     assert got[0].dtype == inputs[2].dtype

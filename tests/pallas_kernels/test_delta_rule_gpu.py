@@ -1,0 +1,127 @@
+"""GPU kernels of the delta rule: by the interpreter with its race detection, by the compiler for Hopper, and on a GPU."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxlm.ops import kernels
+from jaxlm.ops.delta_rule import delta_rule
+from pallas_kernels import aot
+from pallas_kernels import gpu as hopper
+from pallas_kernels.delta_rule import gpu
+from tests.pallas_kernels.delta_rule import arrays, assert_close, reference
+
+RACES = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def run(inputs, reset, state, do, d_final, interpret):
+    """Outputs and gradients of the kernels."""
+    scale = inputs[0].shape[-1] ** -0.5
+
+    @jax.jit
+    def both(inputs, state, do, d_final):
+        o, final, saved = gpu.forward(scale, *inputs, reset, state, save=True, interpret=interpret)
+        return o, final, *gpu.backward(scale, *inputs, reset, saved, do, d_final, interpret=interpret)
+
+    return both(inputs, state, do, d_final)
+
+
+CASES = [
+    # kind, T, H, K, V, resets, largest beta, value channels in blocks of their own
+    ("scalar", 300, 1, 64, 128, True, 1.0, False),
+    ("scalar", 130, 2, 128, 64, False, 1.0, False),
+    ("scalar", 200, 1, 64, 128, False, 2.0, True),
+    ("none", 130, 2, 64, 64, True, 1.0, False),
+]
+MORE = [
+    ("none", 1, 1, 128, 128, False, 1.0, True),
+    ("none", 260, 2, 64, 128, True, 2.0, False),
+    ("scalar", 64, 2, 128, 128, True, 1.0, True),
+    ("scalar", 500, 1, 128, 128, True, 1.0, False),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
+def test_values_gradients_and_no_races(case, monkeypatch):
+    *sizes, resets, most, split = case
+    inputs, reset, *rest = arrays(*sizes, B=1, dtype="bfloat16", most=most)
+    # A chip of too many or too few multiprocessors for one block of value channels.
+    monkeypatch.setattr(hopper, "SMS", 132 if split else 1)
+    reset = reset if resets else None
+    got = run(inputs, reset, *rest, interpret=RACES)
+    assert got[0].dtype == inputs[2].dtype
+    assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+
+
+def test_later_tokens_change_no_earlier_bit():
+    inputs, reset, state, *_ = arrays("scalar", 150, 1, 64, 64, B=1, dtype="bfloat16")
+    other = arrays("scalar", 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
+    forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=True))
+    o = forward(*inputs, reset, state)[0]
+    for t in (3, 64, 100):
+        changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), inputs, other)
+        np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
+
+
+def test_the_op_calls_the_kernel(monkeypatch):
+    (q, k, v, beta, g), *_ = arrays("scalar", 150, 2, 64, 64, B=2, dtype="bfloat16")
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, 150)), axis=1))
+    calls = []
+    forward = gpu.forward
+    monkeypatch.setattr(gpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
+
+    def loss(form):
+        def of(q, k, v, beta, g):
+            o, state = delta_rule(q, k, v, beta[..., 0], g[..., 0], segment_ids=ids, form=form)
+            return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.sin(state)), (o, state)
+
+        (_, out), gradients = jax.jit(jax.value_and_grad(of, range(5), has_aux=True))(q, k, v, beta, g)
+        return *out, *gradients
+
+    expected = loss("recurrent")
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+        got = loss("auto")
+    assert calls == [(2, 150, 2, 64)]
+    for x, y in zip(got, expected, strict=True):
+        x, y = (np.asarray(x, np.float64) for x in (x, y))
+        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.015
+
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
+)
+# Bytes a thread that registers are short of, at most.
+SPILLS = {"delta_rule_forward": 20}
+
+
+@pytest.mark.aot
+@needs_compiler
+@pytest.mark.parametrize("kind", ["none", "scalar"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiles_for_hopper(kind, direction):
+    case = {"op": "delta_rule", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
+    names = {"forward": ["forward", "inverses"], "backward": ["backward", "backward_states"]}[direction]
+    for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}):
+        found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
+        assert sorted(kernel["name"] for kernel in found) == [f"delta_rule_{name}" for name in names]
+        for kernel in found:
+            assert kernel["spill_bytes"] <= SPILLS.get(kernel["name"], 0), (change, kernel)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *MORE, ("scalar", 2048, 70, 128, 128, True, 1.0, None)], ids=str)
+def test_on_the_device(case):
+    *sizes, resets, most, _ = case
+    inputs, reset, *rest = arrays(*sizes, dtype="bfloat16", most=most)
+    reset = reset if resets else None
+    got = run(inputs, reset, *rest, interpret=False)
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+    again = run(inputs, reset, *rest, interpret=False)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(x, y)
