@@ -65,8 +65,8 @@ def report(
     Returns:
       device_kind, hbm_bytes (see `hbm_bytes`), peak_bytes; and kernels, for every one in order: name, grid, vmem_bytes,
       operand_bytes (operands and results, each once) and of its schedule bundles (of one step), static_cycles, use (share of
-      each unit's slots), fills and spills (loads and stores of registers for want of them). For GPUs name, registers (a
-      thread), stack_bytes and spill_bytes (stored, a thread).
+      each unit's slots), fills and spills (loads and stores of registers for want of them). For GPUs name, smem_bytes (shared
+      memory of a block), operand_bytes, registers (a thread), stack_bytes and spill_bytes (stored, a thread).
 
     Raises:
       RuntimeError: with the compiler's message if it refuses.
@@ -83,7 +83,8 @@ def report(
             raise RuntimeError(f"{target} does not compile for {chip}: {done.stderr[-4000:]}")
         result = json.loads(done.stdout.splitlines()[-1])
         if gpu:
-            result["kernels"] = ptxas(done.stdout + done.stderr)
+            found = {kernel["name"]: kernel for kernel in ptxas(done.stdout + done.stderr)}
+            result["kernels"] = [kernel | found[kernel["name"]] for kernel in result["kernels"]]
         for kernel in result["kernels"] if schedules and not gpu else ():
             kernel |= schedule(Path(folder), kernel["name"])
             kernel["static_cycles"] = kernel["bundles"] * math.prod(kernel["grid"])
@@ -145,7 +146,10 @@ def compile_for(topology: str, function: Callable, arguments: tuple) -> dict[str
     compiled = traced.lower(lowering_platforms=("cuda" if gpu else "tpu",)).compile()
     text = compiled.as_text()
     kernels = []
-    for name, grid, operands in pallas_calls(traced.jaxpr.jaxpr) if not gpu else ():
+    if gpu:
+        for name, shared, operands in gpu_calls(traced.jaxpr.jaxpr):
+            kernels.append({"name": name, "smem_bytes": shared, "operand_bytes": operands})
+    for name, grid, operands in pallas_calls(traced.jaxpr.jaxpr):
         memory = re.search(rf'%{name}[.\d]* = .*"used_scoped_memory_configs":\[(.*?)\]', text)
         sizes = re.findall(r'"size":"?(\d+)', memory[1]) if memory else []
         kernels.append({"name": name, "grid": grid, "vmem_bytes": sum(map(int, sizes)), "operand_bytes": operands})
@@ -286,19 +290,38 @@ def _trips(condition: list) -> int:
 
 
 def pallas_calls(jaxpr) -> Iterator[tuple[str, list[int], int]]:
-    """Name, grid and bytes of operands and results of every Pallas kernel in a jaxpr, in order."""
+    """Name, grid and bytes of operands and results of every `pallas_call` in a jaxpr, in order."""
+    for equation in _equations(jaxpr, "pallas_call"):
+        name = equation.params.get("name") or equation.params["name_and_src_info"].name
+        yield name, [int(n) for n in equation.params["grid_mapping"].grid], _bytes(*equation.invars, *equation.outvars)
+
+
+def gpu_calls(jaxpr) -> Iterator[tuple[str, int, int]]:
+    """Name, bytes of shared memory of a block, and of operands and results, of every Mosaic GPU kernel in a jaxpr."""
+    for equation in _equations(jaxpr, "mpmd_map"):
+        [body] = equation.params["jaxprs"]
+        memory = next(_equations(body, "run_scoped")).params["jaxpr"].invars
+        memory = [v for v in memory if str(getattr(v.aval, "memory_space", "")) == "smem"]
+        yield equation.params["name"], _bytes(*memory), _bytes(*equation.invars, *equation.outvars)
+
+
+def _bytes(*variables) -> int:
+    """Of arrays; barriers are 8 each."""
+    return sum(v.aval.size * getattr(v.aval.dtype, "itemsize", 8) for v in variables)
+
+
+def _equations(jaxpr, primitive: str) -> Iterator:
+    """Those of a primitive, inside others too but not inside one another."""
     from jax.extend.core import ClosedJaxpr, Jaxpr
 
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            sizes = [v.aval.size * v.aval.dtype.itemsize for v in (*equation.invars, *equation.outvars)]
-            name = equation.params.get("name") or equation.params["name_and_src_info"].name
-            yield name, [int(n) for n in equation.params["grid_mapping"].grid], sum(sizes)
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == primitive:
+            yield equation
             continue
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(inner, ClosedJaxpr | Jaxpr):
-                    yield from pallas_calls(getattr(inner, "jaxpr", inner))
+                    yield from _equations(inner, primitive)
 
 
 def main() -> None:

@@ -341,7 +341,7 @@ def _gradients(call, q, k, do, beta, rows, h, r, mu, dh, *, scale):
     V = do.shape[-1]
     N, tiles = T // C, K // C
     dtype = q.dtype
-    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s", "p_s", "a_s")}
+    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s", "d_pairs_s")}
     scratch |= {"do_s": swizzled((C, V), dtype)} | {name: swizzled((V, C), dtype) for name in ("r_s", "mu_s", "h_s", "dh_s")}
     scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_rows_s", "beta_columns_s", "sums_s", "common_s")}
     scratch["full"] = plgpu.Barrier(num_arrivals=9 if rows is None else 11)
@@ -353,8 +353,8 @@ def _gradients(call, q, k, do, beta, rows, h, r, mu, dh, *, scale):
         out_type += [shape((B, H, N, tiles, C), F32)] * 2
         scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, h_ref, r_ref, mu_ref, dh_ref, *refs, q_s, k_s, p_s, a_s, do_s, r_s, mu_s, h_s,
-             dh_s, beta_rows_s, beta_columns_s, sums_s, common_s, full, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, do_ref, beta_ref, h_ref, r_ref, mu_ref, dh_ref, *refs, q_s, k_s, d_pairs_s, do_s, r_s, mu_s,
+             h_s, dh_s, beta_rows_s, beta_columns_s, sums_s, common_s, full, rows_s=None, columns_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         dq_ref, dk_ref, dv_ref, dbeta_ref, *refs = refs
@@ -377,34 +377,35 @@ def _gradients(call, q, k, do, beta, rows, h, r, mu, dh, *, scale):
 
         weights = weights_between((C, C), rows_s, columns_s, 0, 0)
         weights = weights * by_column(load(beta_columns_s, COLS), (C, C))
-        p_s[...] = (call.dot((do_s, r_s)) * weights * scale).astype(dtype)
-        strict = jnp.where(iota((C, C), 0) > iota((C, C), 1), weights, 0.0)
         beta_rows = by_row(load(beta_rows_s, ROWS), (C, C))
-        a_s[...] = (call.dot((mu_s.T, r_s)) * strict * -beta_rows).astype(dtype)
-        plgpu.commit_smem()
         before = 1.0 if rows is None else by_row(product_before(rows_s, ROWS), (C, C))
+        d_pairs_s[...] = (call.dot((do_s, r_s)) * weights * scale).astype(dtype)  # of queries and keys
+        plgpu.commit_smem()
         dq = call.dot((do_s, h_s)) * (before * scale)
-        dq = call.dot((p_s, k_s), init=dq)
-        dk_read = call.dot((mu_s.T, h_s)) * (before * -beta_rows)
-        dk_read = call.dot((a_s, k_s), init=dk_read)
+        dq = call.dot((d_pairs_s, k_s), init=dq)
         dk_written = call.dot((r_s.T, dh_s)) * beta_rows
         if rows is not None:
             dk_written = dk_written * by_row(product_after(rows_s, ROWS), (C, C))
-            k_c = load(k_s).astype(F32)
-            flow = jnp.sum(dq * load(q_s).astype(F32) + dk_read * k_c, axis=1)
-            common = jnp.sum(dk_written * k_c, axis=1)
+            flow = jnp.sum(dq * load(q_s).astype(F32), axis=1)
+            common = jnp.sum(dk_written * load(k_s).astype(F32), axis=1)
             for start in range(0, V, C):
                 values = pl.ds(start, C)
                 both = load(h_s.at[values]).astype(F32) * load(dh_s.at[values]).astype(F32)
                 common = common + product_total(columns_s) * jnp.sum(both, axis=1)
             common_s[...] = common
-        dk_written = call.dot((p_s.T, q_s), (a_s.T, k_s), init=dk_written)
-        if rows is not None:
-            sums_s[...] = flow - jnp.sum(dk_written * load(k_s).astype(F32), axis=1)
+        dk_written = call.dot((d_pairs_s.T, q_s), init=dk_written)
+        d_keys = call.dot((mu_s.T, r_s)) * jnp.where(iota((C, C), 0) > iota((C, C), 1), weights, 0.0) * -beta_rows
         q_s[...] = dq.astype(dtype)
-        k_s[...] = (dk_read + dk_written).astype(dtype)
+        d_pairs_s[...] = d_keys.astype(dtype)  # of keys and keys
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, keys])
+        dk_read = call.dot((mu_s.T, h_s)) * (before * -beta_rows)
+        dk_read = call.dot((d_pairs_s, k_s), init=dk_read)
+        dk_written = call.dot((d_pairs_s.T, k_s), init=dk_written)
+        if rows is not None:
+            sums_s[...] = flow + jnp.sum((dk_read - dk_written) * load(k_s).astype(F32), axis=1)
+        k_s[...] = (dk_read + dk_written).astype(dtype)
+        plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, keys])
         if rows is not None:
             for ref, x in zip(refs, (sums_s, common_s), strict=True):
@@ -415,9 +416,9 @@ def _gradients(call, q, k, do, beta, rows, h, r, mu, dh, *, scale):
             @pl.when(part == start // C % tiles)
             def _(start=start):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                p_s[...] = (load(mu_s.at[pl.ds(start, C)].T).astype(F32) * beta_rows).astype(dtype)
+                d_pairs_s[...] = (load(mu_s.at[pl.ds(start, C)].T).astype(F32) * beta_rows).astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(p_s, dv_ref.at[b, tokens, hd, pl.ds(start, C)])
+                plgpu.copy_smem_to_gmem(d_pairs_s, dv_ref.at[b, tokens, hd, pl.ds(start, C)])
 
         @pl.when(part == 0)
         def _():

@@ -95,6 +95,22 @@ def test_kernels_of_a_program_are_found_inside_its_calls():
     assert list(aot.pallas_calls(jaxpr.jaxpr)) == [("double", [3], 2 * 24 * 128 * 4)]
 
 
+def test_shared_memory_of_gpu_kernels_is_counted():
+    function, arguments = cases.abstract("delta_rule", "forward", "scalar", "gpu", B=1, T=128, H=1)
+    tile = 64 * 64 * 2
+    tokens, state, found = 2 * tile, 4 * tile, {}
+    for name, shared, operands in aot.gpu_calls(jax.make_jaxpr(function)(*arguments).jaxpr):
+        found[name] = operands
+        # A chunk's keys, five tiles, beta and decays twice, and a barrier; both value tiles in blocks of their own.
+        stages = 3 * (2 * tokens + 2 * tile + 3 * 256) + 2 * 3 * 8
+        expected = {"inverses": tokens + 5 * tile + 4 * 256 + 8, "forward": stages + tokens + 2 * tile + 8}
+        assert shared == expected[name.removeprefix("delta_rule_")]
+    gates = 2 * 128 * 4
+    inputs, saved = 3 * 2 * tokens + 2 * tile, 2 * state + 2 * tokens
+    assert found["delta_rule_inverses"] == 2 * tokens + gates + 4 * tile
+    assert found["delta_rule_forward"] == inputs + gates + 2 * 2 * state + 2 * tokens + saved
+
+
 def test_least_bytes_and_flops_are_those_of_the_method_sheet():
     shape = cases.Shape(B=1, T=1, H=1, K=128, V=128)
     assert cases.least_bytes("linear_attention", "forward", "scalar", shape) == 1028

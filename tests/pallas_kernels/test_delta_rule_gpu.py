@@ -111,6 +111,7 @@ def test_compiles_for_hopper(kind, direction):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
         assert sorted(kernel["name"] for kernel in found) == [f"delta_rule_{name}" for name in names]
         for kernel in found:
+            assert kernel["smem_bytes"] <= 227 * 1024
             assert kernel["spill_bytes"] <= SPILLS.get(kernel["name"], 0), (change, kernel)
 
 
