@@ -42,7 +42,6 @@ from pallas_kernels.gpu import (
     COLS,
     F32,
     FLOOR,
-    LOG2E,
     ROWS,
     WGMMA,
     C,
@@ -51,19 +50,18 @@ from pallas_kernels.gpu import (
     by_row,
     decay_rows,
     declines,
-    iota,
     load,
     padded,
     product_after,
     product_before,
     product_total,
-    starts_of,
     swizzled,
     times,
     value_blocks,
     walk_chunks,
     weights_between,
 )
+from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of
 
 __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 
@@ -313,62 +311,6 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
     return call(body, "linear_attention_backward", grid, operands, out_type, scratch, 2)
 
 
-class _Levels:
-    """The tree of pairs of tokens in a chunk, and what decays of channels do at its levels. A level s splits blocks of 2s
-    tokens into a left and a right half.
-
-    Sums of log decays over ranges of tokens are products with matrices of zeros and ones. Those come from arithmetic on their
-    16-bit numbers, two of which make an instruction, rather than from comparisons.
-    """
-
-    def __init__(self, call, dtype):
-        self.call, self.dtype = call, dtype  # that of `partners`
-        self.i, self.j = iota((C, C), 0), iota((C, C), 1)
-        self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
-
-    def _inside(self, low, high, dtype):
-        """1 where low <= j <= high for column j, else 0, of numbers for every row."""
-        j = self.j.astype(dtype)
-        from_low = j - by_row((low - 1).astype(dtype), (C, C))
-        to_high = by_row((high + 1).astype(dtype), (C, C)) - j
-        return jnp.minimum(jnp.maximum(jnp.minimum(from_low, to_high), jnp.zeros((), dtype)), jnp.ones((), dtype))
-
-    def right(self, s):
-        return (self.i & s) != 0
-
-    def factors(self, sums, s):
-        """Products of decays at a level, for each of the arrays of log decays: over the left half after a key, over the right
-        half up to a query. They are float16 numbers of powers of 2, errors of 2^-12 each, since all summands have one sign."""
-        start = self.row & -s
-        right = (self.row & s) != 0
-        return self._factors(sums, jnp.where(right, start, self.row + 1), jnp.where(right, self.row, start + (s - 1)))
-
-    def before(self, sums):
-        """Over the chunk up to each token."""
-        return self._factors(sums, self.row & 0, self.row)
-
-    def after(self, sums):
-        """Over the chunk after each token."""
-        return self._factors(sums, self.row + 1, self.row | (C - 1))
-
-    def _factors(self, sums, low, high):
-        chosen = self._inside(low, high, jnp.float16)
-        return (jnp.exp2(self.call.dot((chosen, g))) for g in sums)
-
-    def pairs(self, s):
-        """The pairs of a query, the row, and a key that part at a level."""
-        apart = self.i ^ self.j
-        return (apart >= s) & (apart < 2 * s) & self.right(s)
-
-    def partners(self, s):
-        """1 for the pairs of a level, either way round, else 0."""
-        other = (self.row & -s) ^ s
-        return self._inside(other, other + (s - 1), self.dtype)
-
-
-LEVELS = tuple(1 << n for n in range(C.bit_length() - 1))
-
-
 def _prepare_channels(call, q, k, g, start, *, scale):
     """What a decay of every channel does within chunks.
 
@@ -409,7 +351,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
         for tile in tiles:
             for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
-        levels = _Levels(call, dtype)
+        levels = Levels(call, dtype)
         together = starts = None
         if start is not None:
             for to in (rows_s, columns_s):
@@ -592,7 +534,7 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
             if to is not None:
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
         plgpu.barrier_wait(full)
-        levels = _Levels(call, dtype)
+        levels = Levels(call, dtype)
         i, j = levels.i, levels.j
         # Rows are the later or the earlier token of a pair: its cotangent of scores, either way round.
         both = jnp.where(i >= j, call.dot((do_s, v_s.T)), call.dot((v_s, do_s.T))) * scale
@@ -700,12 +642,6 @@ def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
     return jnp.swapaxes(final[:, 0 if reverse else -1], -1, -2), o, saved
 
 
-def _channels(log_decay, reset):
-    """Decays of every channel as powers of 2, and where the document of every token starts in its chunk."""
-    start = None if reset is None else starts_of(reset, reset.shape[1] + -reset.shape[1] % PAIR, C)[:, 0].astype(F32)
-    return padded(jnp.maximum(log_decay, FLOOR) * LOG2E, PAIR), start
-
-
 def _is_vector(log_decay):
     return log_decay is not None and log_decay.shape[-1] > 1
 
@@ -729,7 +665,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
     q, k, v = (padded(x, PAIR) for x in (q, k, v))
     unit = PAIR
     if _is_vector(log_decay):
-        q, k, scores, total = _prepare_channels(call, q, k, *_channels(log_decay, reset), scale=scale)
+        q, k, scores, total = _prepare_channels(call, q, k, *channels_of(log_decay, reset, q.shape[1]), scale=scale)
         walk, unit = partial(_walk_channels, call, k, v, total, scores=scores), C
     else:
         walk = partial(_walk, call, k, v, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
@@ -752,7 +688,7 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
     q, k, v, do = (padded(x, PAIR) for x in (q, k, v, do))
     decays = partial(_segment_decays, log_decay, reset)
     if _is_vector(log_decay):
-        g, start = _channels(log_decay, reset)
+        g, start = channels_of(log_decay, reset, q.shape[1])
         scaled_q, scaled_k, scores, total = _prepare_channels(call, q, k, g, start, scale=scale)
         walk = partial(_walk_channels, call, scaled_q, do, total, scores=scores)
         d_state, dv, d_leaving = _walked(walk, d_final, decays, v.shape, C, q=scaled_k, emit=True, reverse=True)

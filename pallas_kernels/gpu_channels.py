@@ -1,0 +1,72 @@
+"""A decay for every channel of the keys within chunks, on Hopper GPUs."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import FLOOR, LOG2E, ROWS, C, by_row, iota, starts_of
+
+
+class Levels:
+    """The tree of pairs of tokens in a chunk, and what decays of channels do at its levels. A level s splits blocks of 2s
+    tokens into a left and a right half.
+
+    Sums of log decays over ranges of tokens are products with matrices of zeros and ones. Those come from arithmetic on their
+    16-bit numbers, two of which make an instruction, rather than from comparisons.
+    """
+
+    def __init__(self, call, dtype):
+        self.call, self.dtype = call, dtype  # that of `partners`
+        self.i, self.j = iota((C, C), 0), iota((C, C), 1)
+        self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
+
+    def _inside(self, low, high, dtype):
+        """1 where low <= j <= high for column j, else 0, of numbers for every row."""
+        j = self.j.astype(dtype)
+        from_low = j - by_row((low - 1).astype(dtype), (C, C))
+        to_high = by_row((high + 1).astype(dtype), (C, C)) - j
+        return jnp.minimum(jnp.maximum(jnp.minimum(from_low, to_high), jnp.zeros((), dtype)), jnp.ones((), dtype))
+
+    def right(self, s):
+        return (self.i & s) != 0
+
+    def factors(self, sums, s):
+        """Products of decays at a level, for each of the arrays of log decays: over the left half after a key, over the right
+        half up to a query. They are float16 numbers of powers of 2, errors of 2^-12 each, since all summands have one sign."""
+        start = self.row & -s
+        right = (self.row & s) != 0
+        return self._factors(sums, jnp.where(right, start, self.row + 1), jnp.where(right, self.row, start + (s - 1)))
+
+    def before(self, sums):
+        """Over the chunk up to each token."""
+        return self._factors(sums, self.row & 0, self.row)
+
+    def after(self, sums):
+        """Over the chunk after each token."""
+        return self._factors(sums, self.row + 1, self.row | (C - 1))
+
+    def _factors(self, sums, low, high):
+        chosen = self._inside(low, high, jnp.float16)
+        return (jnp.exp2(self.call.dot((chosen, g))) for g in sums)
+
+    def pairs(self, s):
+        """The pairs of a query, the row, and a key that part at a level."""
+        apart = self.i ^ self.j
+        return (apart >= s) & (apart < 2 * s) & self.right(s)
+
+    def partners(self, s):
+        """1 for the pairs of a level, either way round, else 0."""
+        other = (self.row & -s) ^ s
+        return self._inside(other, other + (s - 1), self.dtype)
+
+
+LEVELS = tuple(1 << n for n in range(C.bit_length() - 1))
+
+
+def channels_of(log_decay, reset, length):
+    """Decays of every channel [B, T, H, K] as powers of 2, and where in its chunk the document of every token starts [B, N, C]
+    or None; of tokens padded to `length`."""
+    start = None if reset is None else starts_of(reset, length, C)[:, 0].astype(jnp.float32)
+    g = jnp.maximum(log_decay, FLOOR) * LOG2E
+    return jnp.pad(g, ((0, 0), (0, length - g.shape[1]), (0, 0), (0, 0))), start
