@@ -61,7 +61,7 @@ class Levels:
         return self._inside(other, other + (s - 1), self.dtype)
 
 
-LEVELS = tuple(1 << n for n in range(C.bit_length() - 1))
+LEVELS = C.bit_length() - 1
 
 
 def channels_of(log_decay, reset, length):

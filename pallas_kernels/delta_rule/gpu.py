@@ -165,9 +165,9 @@ def _prepare_channels(call, q, k, beta, g, start, *, scale, inverses):
     scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s")}
     scratch |= {name: swizzled((C, C), dtype) for name in ("z_s", "z_keys_s", "more_s")}
     scratch |= {
-        "g_s": [swizzled((C, C), F32)] * len(tiles), "sum_s": swizzled((C, C), jnp.float16), "total_s": plgpu.SMEM((K,), F32),
+        "sum_s": swizzled((C, C), jnp.float16), "total_s": plgpu.SMEM((K,), F32),
         "beta_rows_s": plgpu.SMEM((C,), F32), "beta_columns_s": plgpu.SMEM((C,), F32),
-        "full": plgpu.Barrier(num_arrivals=3 * len(tiles) + 2 + 2 * (start is not None)),
+        "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + 2 + 2 * (start is not None)),
     }  # fmt: skip
     operands = [q, k, g, beta]
     if start is not None:
@@ -177,7 +177,7 @@ def _prepare_channels(call, q, k, beta, g, start, *, scale, inverses):
     pairs = shape((B, N, H, C, C), dtype)
     out_type = [shape(q.shape, dtype)] * 3 + [pairs, shape((B, N, H, K), F32)] + [pairs] * inverses
 
-    def body(q_ref, k_ref, g_ref, beta_ref, *refs, q_s, k_s, z_s, z_keys_s, more_s, g_s, sum_s, total_s, beta_rows_s,
+    def body(q_ref, k_ref, g_ref, beta_ref, *refs, q_s, k_s, z_s, z_keys_s, more_s, sum_s, total_s, beta_rows_s,
              beta_columns_s, full, rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
@@ -186,7 +186,7 @@ def _prepare_channels(call, q, k, beta, g, start, *, scale, inverses):
         tokens = pl.ds(n * C, C)
         columns = [pl.ds(tile * C, C) for tile in tiles]
         for tile in tiles:
-            for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
+            for ref, to in ((q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
         for to in (beta_rows_s, beta_columns_s):
             plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], to, full)
@@ -199,7 +199,7 @@ def _prepare_channels(call, q, k, beta, g, start, *, scale, inverses):
         scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
         found = (scores, jnp.zeros_like(scores)) if inverses else (scores,)
         for tile in tiles:
-            g_c = load(g_s[tile])
+            g_c = plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False)
             sum_s[...] = g_c.astype(jnp.float16)
             lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
             total_s.at[columns[tile]][...] = jnp.sum(g_c, axis=0) + lost
@@ -216,7 +216,7 @@ def _prepare_channels(call, q, k, beta, g, start, *, scale, inverses):
                 rows = (z_s, z_keys_s)[: len(found)]
                 return tuple(x + jnp.where(parted, call.dot((z, z_keys_s.T)), 0.0) for x, z in zip(found, rows, strict=True))
 
-            found = lax.fori_loop(0, len(LEVELS), level, found)
+            found = lax.fori_loop(0, LEVELS, level, found)
             [before], [after] = levels.before([sum_s]), levels.after([sum_s])
             if start is not None:
                 before = jnp.where(starts < 0, before, 0.0)
@@ -275,7 +275,7 @@ def _forward_walk(call, q, k, v, beta, inverse, state, *, scale, save, rows=None
     dtype = q.dtype
     blocks = value_blocks(B * H, V)
     wgs = V // blocks // C
-    stages = 2 if wgs > 1 else 3
+    stages = 2 if wgs > 1 or channels is not None else 3
     scratch = {
         "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
         "v_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
@@ -390,7 +390,7 @@ def _backward_walk(call, q, k, do, beta, inverse, d_state, *, scale, rows=None, 
     dtype = q.dtype
     blocks = value_blocks(B * H, V)
     wgs = V // blocks // C
-    stages = 2 if wgs > 1 else 3
+    stages = 2 if wgs > 1 or channels is not None else 3
     scratch = {
         "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
         "do_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
@@ -612,12 +612,14 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, *, scale):
     V = do.shape[-1]
     N, tiles = T // C, K // C
     dtype = q.dtype
-    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s", "z_s", "z_keys_s")}
-    scratch |= {"do_s": swizzled((C, V), dtype)} | {name: swizzled((V, C), dtype) for name in ("r_s", "mu_s", "h_s", "dh_s")}
+    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")}
+    scratch |= {"do_s": swizzled((C, V), dtype)} | {name: swizzled((V, C), dtype) for name in ("r_s", "mu_s")}
+    # Tiles for the levels, and after those the states.
+    scratch |= {name: swizzled((max(V, 2 * C), C), dtype) for name in ("h_s", "dh_s")}
     scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_rows_s", "beta_columns_s", "dbeta_s")}
     scratch |= {
-        "g_s": swizzled((C, C), F32), "sum_s": swizzled((C, C), jnp.float16),
-        "full": plgpu.Barrier(num_arrivals=10 + 2 * (start is not None)),
+        "sum_s": swizzled((C, C), jnp.float16), "full": plgpu.Barrier(num_arrivals=7 + 2 * (start is not None)),
+        "fetched": plgpu.Barrier(num_arrivals=2),
     }  # fmt: skip
     operands = [q, k, do, beta, g, h, r, mu, dh]
     shape = jax.ShapeDtypeStruct
@@ -626,46 +628,54 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, *, scale):
         operands.append(start)
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, g_ref, h_ref, r_ref, mu_ref, dh_ref, *refs, q_s, k_s, z_s, z_keys_s, do_s, r_s,
-             mu_s, h_s, dh_s, g_s, sum_s, beta_rows_s, beta_columns_s, dbeta_s, full, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, do_ref, beta_ref, g_ref, h_ref, r_ref, mu_ref, dh_ref, *refs, q_s, k_s, do_s, r_s, mu_s, h_s, dh_s,
+             sum_s, beta_rows_s, beta_columns_s, dbeta_s, full, fetched, rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
         dq_ref, dk_ref, dv_ref, dbeta_ref, dg_ref = refs
         hd, part = lax.div(lax.axis_index("h"), tiles), lax.rem(lax.axis_index("h"), tiles)
         n, b = lax.axis_index("n"), lax.axis_index("b")
         tokens, keys = pl.ds(n * C, C), pl.ds(part * C, C)
+        states = [x.at[pl.ds(0, V)] for x in (h_s, dh_s)]
         plgpu.copy_gmem_to_smem(do_ref.at[b, tokens, hd], do_s, full)
         for ref, to in ((r_ref, r_s), (mu_ref, mu_s)):
             plgpu.copy_gmem_to_smem(ref.at[b, n, hd], to, full)
-        for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
+        for ref, to in ((q_ref, q_s), (k_ref, k_s)):
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, full)
-        for ref, to in ((h_ref, h_s), (dh_ref, dh_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, n, hd, pl.ds(0, V), keys], to, full)
+
+        def fetch_states():
+            for ref, to in zip((h_ref, dh_ref), states, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[b, n, hd, pl.ds(0, V), keys], to, fetched)
+
         for to in (beta_rows_s, beta_columns_s):
             plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], to, full)
         if start is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        plgpu.barrier_wait(full)
         levels = Levels(call, dtype)
         i, j = levels.i, levels.j
-        beta_rows, beta_columns = by_row(load(beta_rows_s, ROWS), (C, C)), by_column(load(beta_columns_s, COLS), (C, C))
-        # Rows are the later or the earlier token of a pair: the cotangents of its scores, either way round.
-        pairs = jnp.where(i >= j, call.dot((do_s, r_s)) * beta_columns, call.dot((r_s.T, do_s.T)) * beta_rows) * scale
-        key_pairs = jnp.where(i > j, call.dot((mu_s.T, r_s)), call.dot((r_s.T, mu_s))) * (-beta_rows * beta_columns)
-        starts = None
-        if start is not None:
-            starts = by_row(load(rows_s, ROWS), (C, C))
-            together = starts == by_column(load(columns_s, COLS), (C, C))
-            pairs, key_pairs = jnp.where(together, pairs, 0.0), jnp.where(together, key_pairs, 0.0)
-        own = by_row(jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1), (C, C))
-        pairs, key_pairs = pairs.astype(dtype), key_pairs.astype(dtype)
-        g_c = load(g_s)
+        g_c = plgpu.load(g_ref.at[b, tokens, hd, keys], layout=WGMMA, optimized=False)
         sum_s[...] = g_c.astype(jnp.float16)
         total = jnp.exp2(jnp.sum(g_c, axis=0))
         plgpu.commit_smem()
+        plgpu.barrier_wait(full)
+        beta_rows = by_row(load(beta_rows_s, ROWS), (C, C))
+        starts = together = None
+        if start is not None:
+            starts = by_row(load(rows_s, ROWS), (C, C))
+            together = starts == by_column(load(columns_s, COLS), (C, C))
+        # Rows are the later or the earlier token of a pair: the cotangents of its scores, either way round.
+        z_s, z_keys_s, pairs_s, key_pairs_s = (x.at[pl.ds(at, C)] for x in (h_s, dh_s) for at in (0, C))
+        beta_columns = by_column(load(beta_columns_s, COLS), (C, C))
+        pairs = jnp.where(i >= j, call.dot((do_s, r_s)) * beta_columns, call.dot((r_s.T, do_s.T)) * beta_rows) * scale
+        pairs = pairs if together is None else jnp.where(together, pairs, 0.0)
+        pairs_s[...] = pairs.astype(dtype)
+        own = by_row(jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1), (C, C))
         # Keys are written, and read as queries are.
         dq, dk_written = own * load(k_s).astype(F32), own * load(q_s).astype(F32)
+        key_pairs = jnp.where(i > j, call.dot((mu_s.T, r_s)), call.dot((r_s.T, mu_s))) * (-beta_rows * beta_columns)
+        key_pairs = key_pairs if together is None else jnp.where(together, key_pairs, 0.0)
+        key_pairs_s[...] = key_pairs.astype(dtype)
 
         def level(n, gradients):
             dq, dk_read, dk_written = gradients
@@ -676,41 +686,43 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, *, scale):
             z_s[...] = (jnp.where(right, load(q_s), k_c).astype(F32) * factor).astype(dtype)
             z_keys_s[...] = (k_c.astype(F32) * factor).astype(dtype)
             plgpu.commit_smem()
-            d_mixed = factor * call.dot((pairs * partners, z_s))
-            d_keys = factor * call.dot((key_pairs * partners, z_keys_s))
-            dq, dk_read = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk_read + d_keys, dk_read)
-            return dq, dk_read, jnp.where(right, dk_written, dk_written + d_mixed + d_keys)
+            d_mixed = factor * call.dot((load(pairs_s) * partners, z_s))
+            dq, dk_written = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk_written, dk_written + d_mixed)
+            d_keys = factor * call.dot((load(key_pairs_s) * partners, z_keys_s))
+            return dq, jnp.where(right, dk_read + d_keys, dk_read), jnp.where(right, dk_written, dk_written + d_keys)
 
-        dq, dk_read, dk_written = lax.fori_loop(0, len(LEVELS), level, (dq, jnp.zeros_like(dq), dk_written))
+        dq, dk_read, dk_written = lax.fori_loop(0, LEVELS, level, (dq, jnp.zeros_like(dq), dk_written))
+        plgpu.commit_smem()
+        fetch_states()
         [before], [after] = levels.before([sum_s]), levels.after([sum_s])
         if start is not None:
             before = jnp.where(starts < 0, before, 0.0)
             after = jnp.where(starts == rows_s[C - 1], after, 0.0)
             total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
-        dq = dq + before * scale * call.dot((do_s, h_s))
-        dk_read = dk_read - before * beta_rows * call.dot((mu_s.T, h_s))
-        dk_later = after * beta_rows * call.dot((r_s.T, dh_s))
+        plgpu.barrier_wait(fetched)
+        h_c, dh_c = states
+        dq = dq + before * scale * call.dot((do_s, h_c))
+        dk_read = dk_read - before * beta_rows * call.dot((mu_s.T, h_c))
+        dk_later = after * beta_rows * call.dot((r_s.T, dh_c))
         dk_written = dk_written + dk_later
-        q_f, k_f = load(q_s).astype(F32), load(k_s).astype(F32)
         # What the leaving state and its cotangent have in common.
-        common = jnp.sum(dk_later * k_f, axis=0)
+        common = jnp.sum(dk_later * load(k_s).astype(F32), axis=0)
         for value in range(0, V, C):
             values = pl.ds(value, C)
             common = common + total * jnp.sum(load(h_s.at[values]).astype(F32) * load(dh_s.at[values]).astype(F32), axis=0)
-        flow = q_f * dq + k_f * (dk_read - dk_written)
+        # Sums of the flow over the tokens from each on.
+        flow = load(q_s).astype(F32) * dq + load(k_s).astype(F32) * (dk_read - dk_written)
+        z_s[...] = flow.astype(dtype)
         q_s[...] = dq.astype(dtype)
         k_s[...] = (dk_read + dk_written).astype(dtype)
-        # Sums of the flow over the tokens from each on.
-        z_s[...] = flow.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, keys])
         plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, keys])
         dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(common, (C, C))
         if start is not None:
             dg = jnp.where(starts == i.astype(F32), 0.0, dg)
-        g_s[...] = dg
+        dg_ref.at[b, tokens, hd, keys][...] = dg
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(g_s, dg_ref.at[b, tokens, hd, keys])
         _send_values(part, tiles, V, mu_s, r_s, beta_rows, z_s, dbeta_s, dv_ref.at[b, tokens, hd], dbeta_ref.at[b, hd, n])
 
     grid = {"h": H * tiles, "n": N, "b": B}

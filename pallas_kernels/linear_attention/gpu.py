@@ -367,12 +367,17 @@ def _prepare_channels(call, q, k, g, start, *, scale):
             total_s.at[columns[tile]][...] = jnp.sum(g, axis=0) + lost
         plgpu.commit_smem()
         scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
-        for size in LEVELS:
+
+        def level(n, scores):
+            size = jnp.int32(1) << n
             for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
                 mixed = jnp.where(levels.right(size), load(q_s[tile]), load(k_s[tile])).astype(F32)
                 z_s[tile][...] = (mixed * factor).astype(dtype)
             plgpu.commit_smem()
-            scores = jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
+            return jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
+
+        # A loop, so that what one level loads is not kept for the next: registers are short.
+        scores = lax.fori_loop(0, LEVELS, level, scores)
         scores = scores * scale
         if together is not None:
             scores = jnp.where(together, scores, 0.0)
@@ -549,13 +554,18 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         total = jnp.exp2(jnp.sum(g, axis=0))
         plgpu.commit_smem()
         dq, dk = own * load(k_s).astype(F32), own * load(q_s).astype(F32)
-        for size in LEVELS:
+
+        def level(n, gradients):
+            dq, dk = gradients
+            size = jnp.int32(1) << n
             right = levels.right(size)
             [factor] = levels.factors([sum_s], size)
             z_s[...] = (jnp.where(right, load(q_s), load(k_s)).astype(F32) * factor).astype(dtype)
             plgpu.commit_smem()
             d_mixed = factor * call.dot((both * levels.partners(size), z_s))
-            dq, dk = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)
+            return jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)
+
+        dq, dk = lax.fori_loop(0, LEVELS, level, (dq, dk))
         [before], [after] = levels.before([sum_s]), levels.after([sum_s])
         before = before * scale
         if start is not None:

@@ -130,10 +130,9 @@ def test_compiles_for_hopper(kind, direction):
     case = {"op": "linear_attention", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
     names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}[direction]
     # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-    spills = {"linear_attention_backward": 44}
+    spills = {"linear_attention_backward": 44, "linear_attention_channels_backward": 190}
     if kind == "vector":
         names = [f"channels_{name}" for name in (*names, "scores")]
-        spills = {"linear_attention_channels_scores": 500, "linear_attention_channels_backward": 1000}
     for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
         assert sorted(kernel["name"] for kernel in found) == sorted(f"linear_attention_{name}" for name in names)
