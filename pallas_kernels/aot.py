@@ -63,10 +63,10 @@ def report(
       schedules: also read the schedules of the kernels, for which the compiler writes down all its steps.
 
     Returns:
-      device_kind, hbm_bytes (see `hbm_bytes`), peak_bytes; and kernels, for every one in order: name, grid, vmem_bytes,
-      operand_bytes (operands and results, each once) and of its schedule bundles (of one step), static_cycles, use (share of
-      each unit's slots), fills and spills (loads and stores of registers for want of them). For GPUs name, smem_bytes (shared
-      memory of a block), operand_bytes, registers (a thread), stack_bytes and spill_bytes (stored, a thread).
+      device_kind, hbm_bytes (see `hbm_bytes`; None for GPUs), peak_bytes; and kernels, for every one in order: name, grid,
+      vmem_bytes, operand_bytes (operands and results, each once) and of its schedule bundles (of one step), static_cycles, use
+      (share of each unit's slots), fills and spills (loads and stores of registers for want of them). For GPUs name, smem_bytes
+      (shared memory of a block), operand_bytes, registers (a thread), stack_bytes and spill_bytes (stored, a thread).
 
     Raises:
       RuntimeError: with the compiler's message if it refuses.
@@ -157,7 +157,7 @@ def compile_for(topology: str, function: Callable, arguments: tuple) -> dict[str
     return {
         "device_kind": kind,
         "kernels": kernels,
-        "hbm_bytes": hbm_bytes(text),
+        "hbm_bytes": None if gpu else hbm_bytes(text),
         "peak_bytes": memory.peak_memory_in_bytes,
     }
 

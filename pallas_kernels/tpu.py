@@ -10,7 +10,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-DIMS = (64, 128, 256)
+KEY_DIMS = (64, 128, 256)
+VALUE_DIMS = (*KEY_DIMS, 512)
 CHIPS = ("v4", "v5", "v6", "7x")
 # exp(-128) is 0 in float32 and sums of 128 of them are finite, where those of -inf are not.
 FLOOR = -128.0
@@ -22,8 +23,8 @@ def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str |
     and rules nothing out."""
     if not chip.startswith("TPU") or not any(name in chip for name in CHIPS):
         return f"the TPU kernel runs on TPU {', '.join(CHIPS)}, not on {chip or 'an unknown chip'}"
-    if any(x is not None and x not in DIMS for x in (K, V)):
-        return f"the TPU kernel has K and V in {DIMS}, not K={K}, V={V}"
+    if K not in (None, *KEY_DIMS) or V not in (None, *VALUE_DIMS):
+        return f"the TPU kernel has K in {KEY_DIMS} and V in {VALUE_DIMS}, not K={K}, V={V}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"the TPU kernel takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
     if None not in (H, K, V) and not groups(H, K, V):

@@ -23,23 +23,27 @@ from rich.console import Console
 from jaxlm.bench.report import chosen, environment, new_figure, print_table, write_json
 from jaxlm.ops import kernels
 from jaxlm.ops.delta_rule import delta_rule
+from jaxlm.ops.diagonal import diagonal_recurrence
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.schema import UserError
 from pallas_kernels import cases
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 TOKENS = 32768  # in all rows together, as long as one row has no more
-OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
+OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule, "diagonal_recurrence": diagonal_recurrence}
 DIRECTIONS = ("forward", "forward and backward")
 
 
 def kernel_names(chip: str) -> list[str]:
-    """"op-decay" of every op whose GPU kernel runs on a chip for heads of 128 channels."""
+    """"op-decay" of every op whose GPU kernel runs on a chip for heads of 128 channels; of float32 for the diagonal op."""
     names = []
     for op in cases.OPS:
         module = kernels.module(op, "gpu")
         known = {"H": 16, "K": 128, "V": 128, "dtype": jnp.bfloat16, "chip": chip}
         names += [f"{op}-{decay}" for decay in cases.DECAYS if module and module.declines(decay=decay, **known) is None]
+    diagonal = kernels.module("diagonal_recurrence", "gpu")
+    if diagonal and diagonal.declines(dtype=jnp.float32, chip=chip) is None:
+        names.append("diagonal_recurrence-vector")
     return names
 
 
@@ -63,17 +67,29 @@ def bandwidth() -> float:
     return 2 * x.nbytes / clock(partial(jax.jit(lambda x: x + 1), x), wait=jax.block_until_ready) * 1e-9
 
 
-def inputs(decay: str, shape: cases.Shape) -> dict[str, jax.Array]:
+def inputs(op: str, decay: str, shape: cases.Shape) -> dict[str, jax.Array]:
     """Random arrays as training has them: normalised keys, mild decays."""
     B, T, H, K, V = shape
     keys = jax.random.split(jax.random.key(0), 6)
+    if op == "diagonal_recurrence":
+        log_a = jax.nn.log_sigmoid(jax.random.normal(keys[3], (B, T, H * K))) / 16
+        return {"log_a": log_a, "b": jax.random.normal(keys[0], log_a.shape)}
     q, k, v = (jax.random.normal(key, (B, T, H, n)) for key, n in zip(keys, (K, K, V), strict=False))
     arrays = {"q": q, "k": k / jnp.linalg.norm(k, axis=-1, keepdims=True), "v": v}
     arrays = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
     if decay != "none":
         width = (B, T, H) if decay == "scalar" else (B, T, H, K)
         arrays["log_decay"] = jax.nn.log_sigmoid(jax.random.normal(keys[3], width)) / 16
+    if op == "delta_rule":
+        arrays["beta"] = jax.nn.sigmoid(jax.random.normal(keys[4], (B, T, H)))
     return arrays
+
+
+def least_bytes(op: str, direction: str, decay: str, shape: cases.Shape) -> int:
+    """Every input read once and every output written once."""
+    if op != "diagonal_recurrence":
+        return cases.least_bytes(op, direction, decay, shape)
+    return 4 * shape.B * shape.T * shape.H * shape.K * (3 if direction == "forward" else 5)
 
 
 def ours(op: str, form: str) -> Callable:
@@ -87,9 +103,15 @@ def ours(op: str, form: str) -> Callable:
 
 def jax_linear_attention(op: str, decay: str) -> Callable | None:
     """The peer's function of the same arrays, None where it has none."""
-    from jla.ops.mosaic_gpu import gla, scalar_gate
+    from jla.ops.mosaic_gpu import gated_delta_rule, gla, kda, scalar_gate
 
-    functions = {("linear_attention", "scalar"): scalar_gate.simple_gla, ("linear_attention", "vector"): gla.gla}
+    functions = {
+        ("linear_attention", "scalar"): scalar_gate.simple_gla,
+        ("linear_attention", "vector"): gla.gla,
+        ("delta_rule", "none"): gated_delta_rule.delta_rule,
+        ("delta_rule", "scalar"): gated_delta_rule.gated_delta_rule,
+        ("delta_rule", "vector"): kda.kda,
+    }
     if (op, decay) not in functions:
         return None
 
@@ -97,10 +119,8 @@ def jax_linear_attention(op: str, decay: str) -> Callable | None:
         scale = arrays["q"].shape[-1] ** -0.5
         B, _, H, K = arrays["q"].shape
         state = jnp.zeros((B, H, K, arrays["v"].shape[-1]), jnp.float32)
-        gates = {"g": arrays["log_decay"]}
-        return functions[op, decay](
-            arrays["q"], arrays["k"], arrays["v"], **gates, scale=scale, initial_state=state, output_final_state=True
-        )  # fmt: skip
+        named = {"g" if name == "log_decay" else name: x for name, x in arrays.items()}
+        return functions[op, decay](**named, scale=scale, initial_state=state, output_final_state=True)
 
     return call
 
@@ -114,14 +134,18 @@ def time_jax(function: Callable, arrays: dict, direction: str) -> float:
         out, pull = jax.vjp(function, arrays)
         return out, pull((cotangent, jnp.zeros_like(out[1])))
 
-    cotangent = jax.random.normal(jax.random.key(1), arrays["v"].shape).astype(jnp.bfloat16)
+    like = arrays["v" if "v" in arrays else "b"]
+    cotangent = jax.random.normal(jax.random.key(1), like.shape).astype(like.dtype)
     return clock(partial(jax.jit(both), arrays, cotangent), wait=jax.block_until_ready)
 
 
 def time_fla(op: str, decay: str, arrays: dict, direction: str) -> float | None:
     """Milliseconds of flash-linear-attention on the same arrays, None where it has no such op."""
     import torch
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.simple_gla import chunk_simple_gla
 
@@ -129,6 +153,9 @@ def time_fla(op: str, decay: str, arrays: dict, direction: str) -> float | None:
         ("linear_attention", "none"): partial(chunk_linear_attn, normalize=False),
         ("linear_attention", "scalar"): chunk_simple_gla,
         ("linear_attention", "vector"): chunk_gla,
+        ("delta_rule", "none"): chunk_delta_rule,
+        ("delta_rule", "scalar"): chunk_gated_delta_rule,
+        ("delta_rule", "vector"): chunk_kda,
     }
     if (op, decay) not in functions:
         return None
@@ -184,11 +211,11 @@ def run(
         op, decay = name.rsplit("-", 1)
         for T in lengths:
             shape = cases.Shape(max(1, TOKENS // T), T, H, K, V)
-            arrays = inputs(decay, shape)
-            least = cases.least_bytes(op, "forward", decay, shape)
+            arrays = inputs(op, decay, shape)
+            least = least_bytes(op, "forward", decay, shape)
             for direction in DIRECTIONS:
                 if direction != "forward":
-                    least += cases.least_bytes(op, "backward", decay, shape)
+                    least += least_bytes(op, "backward", decay, shape)
                 for form in (*forms, *peers):
                     row = {"op": op, "decay": decay, "direction": direction, "form": form, "B": shape.B, "T": T}
                     row["floor_ms"] = least / rate * 1e-9

@@ -108,12 +108,12 @@ def run(
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("kernels are compiled by libtpu, which is not installed: pip install 'jaxlm[tpu]' (no TPU is needed)")
     console, rows = Console(stderr=True), []
+    result = {"environment": environment(), "settings": shape._asdict(), "rows": rows}
     for name in names:
         op, decay = name.rsplit("-", 1)
         for chip in chips:
             rows += _compiled(console, op, decay, chip, shape)
-    result = {"environment": environment(), "settings": shape._asdict(), "rows": rows}
-    write_json(output / "kernels.json", result)
+            write_json(output / "kernels.json", result)  # minutes a row: none is lost if the rest is
     print_table(*table(result))
     console.print(f"wrote {output / 'kernels.json'}" + (f" and {output / 'kernels.png'}" if draw(result, output) else ""))
     return result

@@ -25,6 +25,7 @@ MODULES = {
     ("delta_rule", "tpu"): "pallas_kernels.delta_rule.tpu",
     ("delta_rule", "gpu"): "pallas_kernels.delta_rule.gpu",
     ("diagonal_recurrence", "tpu"): "pallas_kernels.diagonal.tpu",
+    ("diagonal_recurrence", "gpu"): "pallas_kernels.diagonal.gpu",
 }
 
 _INTERPRETED: ContextVar[tuple[str, str] | None] = ContextVar("jaxlm_interpreted", default=None)

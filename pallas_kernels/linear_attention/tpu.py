@@ -76,7 +76,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int |
       the final state, or None.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
-    layout = Layout(q, v, heads_a_step(q.shape[2], q.shape[3], v.shape[3], 1 if vector else 2), chunk or CHUNK)
+    layout = Layout(q, v, _heads(q, v, vector), chunk or CHUNK)
     shape = jax.ShapeDtypeStruct
     entering = jnp.swapaxes(state, -1, -2)
     outputs = {
@@ -108,8 +108,7 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
       dq, dk, dv in the dtypes of q, k, v; dlog_decay float32 or None; the gradient of the initial state, float32.
     """
     kind = "none" if log_decay is None else "vector" if log_decay.shape[-1] > 1 else "scalar"
-    heads = heads_a_step(q.shape[2], q.shape[3], v.shape[3], 1 if kind == "vector" else 2)
-    layout = Layout(q, v, heads, chunk or CHUNK, reverse=True)
+    layout = Layout(q, v, _heads(q, v, kind == "vector"), chunk or CHUNK, reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
     entering, final_state = saved
     d_leaving = jnp.swapaxes(d_final, -1, -2)
@@ -143,6 +142,12 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
         dg = layout.unpadded(sums.transpose(0, 2, 4, 1, 3).reshape(layout.B, padded, layout.H))
     dq, dk, dv = (layout.unpadded(results[name]) for name in ("dq", "dk", "dv"))
     return dq, dk, dv, dg, jnp.swapaxes(results["d_state"], -1, -2)
+
+
+def _heads(q, v, vector: bool) -> int:
+    """How many go side by side, which hides latencies: two, where one fills neither the registers nor the memory."""
+    one = vector or (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize > 2048
+    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], 1 if one else 2)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:

@@ -144,6 +144,7 @@ def test_times_of_kernels_are_ratios_to_the_kernel_beside_the_floor():
 def test_times_need_a_chip_with_kernels(tmp_path):
     assert kernel_times.kernel_names("NVIDIA H100 80GB HBM3") == [
         "linear_attention-none", "linear_attention-scalar", "linear_attention-vector",
+        "delta_rule-none", "delta_rule-scalar", "delta_rule-vector", "diagonal_recurrence-vector",
     ]  # fmt: skip
     with pytest.raises(UserError, match="no GPU kernel runs on cpu"):
         kernel_times.run(tmp_path)

@@ -58,5 +58,6 @@ def test_a_kernel_that_does_not_take_a_call_says_so_once(caplog):
         forms.choose("linear_attention", "auto", **known | {"head_dim": 64, "T": 1})
     forms.choose("linear_attention", "auto", **known)  # a CPU has no kernel to miss
     assert caplog.messages == [
-        "linear_attention runs as chunked, without its kernel: the TPU kernel has K and V in (64, 128, 256), not K=96, V=64"
+        "linear_attention runs as chunked, without its kernel: "
+        "the TPU kernel has K in (64, 128, 256) and V in (64, 128, 256, 512), not K=96, V=64"
     ]

@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlm.ops import kernels
 from jaxlm.ops.delta_rule import delta_rule
+from jaxlm.ops.forms import choose
 from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.delta_rule import gpu
@@ -91,7 +92,8 @@ def test_the_op_calls_the_kernel(monkeypatch):
 
     expected = loss("recurrent")
     with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
-        got = loss("auto")
+        assert "has not run on a chip" in choose("delta_rule", "auto", T=150, dtype=jnp.bfloat16).reason
+        got = loss("kernel")
     assert calls == [(2, 150, 2, 64)]
     for x, y in zip(got, expected, strict=True):
         x, y = (np.asarray(x, np.float64) for x in (x, y))
@@ -102,7 +104,10 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
 )
 # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-SPILLS = {"delta_rule_forward": 20, "delta_rule_channels_scores": 150, "delta_rule_channels_backward": 750}
+SPILLS = {
+    "delta_rule_forward": 20, "delta_rule_backward": 14,
+    "delta_rule_channels_scores": 280, "delta_rule_channels_backward": 1000,
+}  # fmt: skip
 
 
 @pytest.mark.aot
