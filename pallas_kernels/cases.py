@@ -59,7 +59,7 @@ def diagonal(direction: str, platform: str, B: int = 2, T: int = 4096, D: int = 
     tokens, state = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, D), (B, D)))
     if direction == "forward":
         return module.forward, (tokens, tokens, state)
-    return module.backward, (tokens, tokens, state, tokens)
+    return module.backward, (tokens, tokens, tokens, state, state)
 
 
 def flattened(function: Callable, arguments, tokens: tuple[int, int, int]):

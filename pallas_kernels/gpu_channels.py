@@ -12,12 +12,12 @@ class Levels:
     """The tree of pairs of tokens in a chunk, and what decays of channels do at its levels. A level s splits blocks of 2s
     tokens into a left and a right half.
 
-    Sums of log decays over ranges of tokens are products with matrices of zeros and ones. Those come from arithmetic on their
-    16-bit numbers, two of which make an instruction, rather than from comparisons.
+    Sums of log decays over ranges of tokens are products with matrices of zeros and ones. Those, and what factors scale, come
+    from arithmetic on 16-bit numbers, two of which make an instruction.
     """
 
     def __init__(self, call, dtype):
-        self.call, self.dtype = call, dtype  # that of `partners`
+        self.call, self.dtype = call, dtype  # that of queries and keys
         self.i, self.j = iota((C, C), 0), iota((C, C), 1)
         self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
 
@@ -50,10 +50,15 @@ class Levels:
         chosen = self._inside(low, high, jnp.float16)
         return (jnp.exp2(self.call.dot((chosen, g))) for g in sums)
 
+    def mixed(self, factor, s, q, k):
+        """Queries of right halves and keys of left halves, times the factors of the level."""
+        factor = factor.astype(self.dtype)
+        of_queries = factor * by_row(jnp.minimum(self.row & s, 1).astype(self.dtype), (C, C))
+        return q * of_queries + k * (factor - of_queries)  # one of the two is 0
+
     def pairs(self, s):
         """The pairs of a query, the row, and a key that part at a level."""
-        apart = self.i ^ self.j
-        return (apart >= s) & (apart < 2 * s) & self.right(s)
+        return (((self.i ^ self.j) & -s) == s) & self.right(s)
 
     def partners(self, s):
         """1 for the pairs of a level, either way round, else 0."""
@@ -65,8 +70,12 @@ LEVELS = C.bit_length() - 1
 
 
 def channels_of(log_decay, reset, length):
-    """Decays of every channel [B, T, H, K] as powers of 2, and where in its chunk the document of every token starts [B, N, C]
-    or None; of tokens padded to `length`."""
+    """Log decays of every channel [B, T, H, K] and where in its chunk the document of every token starts [B, N, C] or None; of
+    tokens padded to `length`."""
     start = None if reset is None else starts_of(reset, length, C)[:, 0].astype(jnp.float32)
-    g = jnp.maximum(log_decay, FLOOR) * LOG2E
-    return jnp.pad(g, ((0, 0), (0, length - g.shape[1]), (0, 0), (0, 0))), start
+    return jnp.pad(log_decay, ((0, 0), (0, length - log_decay.shape[1]), (0, 0), (0, 0))), start
+
+
+def powers(g):
+    """Log decays as powers of 2, and none below the floor."""
+    return jnp.maximum(g, FLOOR) * LOG2E

@@ -125,8 +125,7 @@ def run_diagonal(
         a = jnp.where(_over(reset, b.ndim), 0, a)
     if form == "recurrent":
         return _recurrent(a, b, state)
-    h = _solve(form, chunk_size, a, b, state)
-    return h, h[:, -1]
+    return _solve(form, chunk_size, a, b, state)
 
 
 def diagonal_transition(log_a: Number, reset: Bool[Array, "B T"] | None, shape: tuple[int, ...]) -> Number:
@@ -198,20 +197,22 @@ def _recurrent(a, b, state):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _solve(form: str, size: int, a, b, state):
-    """h [B, T, *D]."""
-    return _FORMS[form](size, a, b, state)
+    """h [B, T, *D] and the last h [B, *D]."""
+    h = _FORMS[form](size, a, b, state)
+    return h, h[:, -1]
 
 
 def _solve_forward(form, size, a, b, state):
     h = _FORMS[form](size, a, b, state)
-    return h, (a, h, state)
+    return (h, h[:, -1]), (a, h, state)
 
 
-def _solve_backward(form, size, residuals, d_out):
-    a, h, state = residuals
+def _solve_backward(form, size, residuals, cotangents):
+    (a, h, state), (d_out, d_final) = residuals, cotangents
     if form == "kernel":
-        da, dh, d_state = kernels.diagonal_gradient(jnp.broadcast_to(a, h.shape), h, state, d_out)
+        da, dh, d_state = kernels.diagonal_gradient(jnp.broadcast_to(a, h.shape), h, state, d_out, d_final)
         return jnp.sum(da, axis=[i for i in (0, 1) if a.shape[i] == 1], keepdims=True), dh, d_state
+    d_out = d_out.at[:, -1].add(d_final)
     later = a if a.shape[1] == 1 else jnp.roll(a, -1, axis=1)  # what comes around multiplies a state of zeros
     dh = _FORMS[form](size, jnp.flip(later, 1), jnp.flip(d_out, 1), jnp.zeros_like(state))
     dh = jnp.flip(dh, 1)
@@ -603,8 +604,8 @@ def run_selective(
         factors, additions = expand(u, dt, b)
         if reset is not None:
             factors = jnp.where(reset[..., None, None], 0, factors)
-        h = _solve("parallel", 0, factors, additions, state)
-        return h[:, -1], read(h, c)
+        h, final = _solve("parallel", 0, factors, additions, state)
+        return final, read(h, c)
 
     # Padding tokens have dt = 0: they write nothing and decay nothing.
     size = length if form == "parallel" else min(chunk_size, length)

@@ -141,16 +141,18 @@ def diagonal_recurrence(a, b, state):
     return _split(local, b, (tokens, tokens, of_state), tokens, a, b, state)
 
 
-def diagonal_gradient(a, h, state, do):
-    """Gradients of `diagonal_recurrence`, which returned h, with respect to a, b and state."""
+def diagonal_gradient(a, h, state, do, d_final):
+    """Gradients of `diagonal_recurrence`, which returned h, with respect to a, b and state, from the cotangents of all h and,
+    added to it, of the last."""
     kernels, interpret = module("diagonal_recurrence", target()[0]), _INTERPRETED.get() is not None
 
-    def local(a, h, state, do):
-        da, db, d_state = kernels.backward(_flat(a, 2), _flat(h, 2), _flat(state, 1), _flat(do, 2), interpret=interpret)
+    def local(a, h, state, do, d_final):
+        tokens, states = (_flat(x, 2) for x in (a, h, do)), (_flat(x, 1) for x in (state, d_final))
+        da, db, d_state = kernels.backward(*tokens, *states, interpret=interpret)
         return da.reshape(h.shape), db.reshape(h.shape), d_state.reshape(state.shape)
 
     tokens, of_state = _channels(h)
-    return _split(local, h, (tokens, tokens, of_state, tokens), (tokens, tokens, of_state), a, h, state, do)
+    return _split(local, h, (tokens, tokens, of_state, tokens, of_state), (tokens, tokens, of_state), a, h, state, do, d_final)
 
 
 def _flat(x, leading: int):

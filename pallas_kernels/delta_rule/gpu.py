@@ -13,9 +13,8 @@ The cotangent of what is written is
 
 and then dv = beta mu, dbeta = sum_v mu r. Four kernels:
 
-- inverses: every chunk on its own, R and for training T. The inverse doubles its blocks: with X that of the blocks of s tokens
-  and A_s the part of A that joins two of them, X - X A_s X is that of the blocks of 2s. Left factors are sums of two bfloat16
-  numbers.
+- inverses: every chunk on its own, R and for training T = I - beta R S. The inverse doubles its blocks: with X that of the
+  blocks of s tokens and A_s the part of A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s.
 - forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u, r
   and what is written, which enter the next product from there. For training it also writes h and r of every chunk.
 - backward, states: the same walk in reverse with the cotangent of the state, for mu and dh of every chunk.
@@ -32,6 +31,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import gpu
 from pallas_kernels.gpu import (
     COLS,
     F32,
@@ -55,84 +55,50 @@ from pallas_kernels.gpu import (
     walk_chunks,
     weights_between,
 )
-from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of
+from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
 
 __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 
 # The logical axes of what `forward` saves.
-SAVED_AXES = (("batch", None, "heads", None, None),) * 3
+SAVED_AXES = (("batch", None, "heads", None, None),) * 4
+
+FEWEST = 8  # chunks of a segment of time
 
 
-class _Inverse:
-    """R = (I + S beta)^-1 of a chunk in a warpgroup's memory, from S [C, C] in registers.
+def _inverses(call, beta, *, both, k=None, rows=None, scores=None):
+    """R, and T if both, [B, N, H, C, C] bfloat16.
+
+    In float16, whose errors are those of bfloat16 by 8: where beta |k|^2 <= 2, as it must be lest states explode, entries of R
+    are at most 2, and what float16 cannot hold becomes infinite.
 
     Args:
-      memories: five tiles [C, C] of the dtype of R.
+      beta: [B, H, N, C].
+      k, rows: k [B, T, H, K], and `decay_rows` or None; or instead
+      scores: S [B, N, H, C, C] float16.
     """
-
-    def __init__(self, call, scores, beta_rows_s, beta_columns_s, memories):
-        self.call, self.scores, self.beta_rows_s = call, scores, beta_rows_s
-        self.x_s, self.x_low_s, self.a_s, a_low_s, self.y_s = memories
-        i, j = iota((C, C), 0), iota((C, C), 1)
-        apart = i ^ j
-        A = scores * by_column(load(beta_columns_s, COLS), (C, C))
-        self._put(A, self.a_s, a_low_s)
-        inverse = jnp.where(i == j, 1.0, jnp.where((apart == 1) & (i > j), -A, 0.0))
-        size = 2
-        while size < C:
-            self._put(inverse, self.x_s, self.x_low_s)
-            plgpu.commit_smem()
-            half = call.dot((self.a_s, self.x_s), (a_low_s, self.x_s))
-            # X holds blocks of `size` tokens alone, so masking A's product with it masks A.
-            half = jnp.where((apart >= size) & (apart < 2 * size) & (i > j), half, 0.0)
-            self.y_s[...] = half.astype(self.y_s.dtype)
-            plgpu.commit_smem()
-            inverse = inverse - call.dot((self.x_s, self.y_s), (self.x_low_s, self.y_s))
-            size *= 2
-        self._put(inverse, self.x_s, self.x_low_s)
-
-    def _put(self, x, high_s, low_s):
-        high = x.astype(high_s.dtype)
-        high_s[...] = high
-        low_s[...] = (x - high.astype(F32)).astype(high_s.dtype)
-
-    def send(self, inverse_ref, transposed_ref=None):
-        """Write R and, if asked for, T = I - beta R S."""
-        if transposed_ref is not None:
-            self.y_s[...] = self.scores.astype(self.y_s.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(self.x_s, inverse_ref)
-        if transposed_ref is not None:
-            identity = jnp.where(iota((C, C), 0) == iota((C, C), 1), 1.0, 0.0)
-            product = self.call.dot((self.x_s, self.y_s), (self.x_low_s, self.y_s))
-            self.a_s[...] = (identity - product * by_row(load(self.beta_rows_s, ROWS), (C, C))).astype(self.a_s.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(self.a_s, transposed_ref)
-        plgpu.wait_smem_to_gmem(0)
-
-
-def _inverses(call, k, beta, rows, *, both):
-    """R, and T if both, [B, N, H, C, C] in k's dtype; of k [B, T, H, K], beta [B, H, N, C] and `decay_rows`."""
-    B, T, H, K = k.shape
-    dtype = k.dtype
-    out_type = [jax.ShapeDtypeStruct((B, T // C, H, C, C), dtype)] * (1 + both)
-    scratch = {name: swizzled((C, C), dtype) for name in ("x_s", "x_low_s", "a_s", "a_low_s", "y_s")}
-    scratch |= {
-        "k_s": swizzled((C, K), dtype),
-        "beta_rows_s": plgpu.SMEM((C,), F32), "beta_columns_s": plgpu.SMEM((C,), F32),
-        "full": plgpu.Barrier(num_arrivals=3 if rows is None else 5),
-    }  # fmt: skip
-    operands = [k, beta]
+    B, H, N, _ = beta.shape
+    dtype = jnp.bfloat16
+    out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), dtype)] * (1 + both)
+    scratch = {name: swizzled((C, C), jnp.float16) for name in ("scores_s", "a_s", "x_s", "y_s")}
+    # R and T take the place of the keys.
+    scratch["k_s"] = [swizzled((C, C), dtype)] * (1 if k is None else k.shape[-1] // C)
+    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_rows_s", "beta_columns_s")}
+    operands = [beta, scores if k is None else k]
     if rows is not None:
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
+    scratch["full"] = plgpu.Barrier(num_arrivals=2 + len(scratch["k_s"]) + 2 * (rows is not None))
 
-    def body(k_ref, beta_ref, *refs, k_s, x_s, x_low_s, a_s, a_low_s, y_s, beta_rows_s, beta_columns_s, full, rows_s=None,
+    def body(beta_ref, of_ref, *refs, scores_s, a_s, x_s, y_s, k_s, beta_rows_s, beta_columns_s, full, rows_s=None,
              columns_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
-        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(n * C, C), h], k_s, full)
+        if k is None:
+            plgpu.copy_gmem_to_smem(of_ref.at[b, n, h], scores_s, full)
+        else:
+            for tile, to in enumerate(k_s):
+                plgpu.copy_gmem_to_smem(of_ref.at[b, pl.ds(n * C, C), h, pl.ds(tile * C, C)], to, full)
         for to in (beta_rows_s, beta_columns_s):
             plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], to, full)
         if rows is not None:
@@ -140,207 +106,257 @@ def _inverses(call, k, beta, rows, *, both):
                 plgpu.copy_gmem_to_smem(rows_ref.at[b, h if rows.shape[1] > 1 else 0, n], to, full)
         plgpu.barrier_wait(full)
         i, j = iota((C, C), 0), iota((C, C), 1)
-        scores = times(call.dot((k_s, k_s.T)), weights_between((C, C), rows_s, columns_s, 0, 0))
-        inverse = _Inverse(call, jnp.where(i > j, scores, 0.0), beta_rows_s, beta_columns_s, (x_s, x_low_s, a_s, a_low_s, y_s))
-        inverse.send(*(ref.at[b, n, h] for ref in refs))
+        if k is None:
+            S = load(scores_s).astype(F32)
+        else:
+            S = times(call.dot(*((x, x.T) for x in k_s)), weights_between((C, C), rows_s, columns_s, 0, 0))
+            S = jnp.where(i > j, S, 0.0)
+            scores_s[...] = S.astype(jnp.float16)
+        A = S * by_column(load(beta_columns_s, COLS), (C, C))
+        a_s[...] = A.astype(jnp.float16)
+        start = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -A, 0.0))
 
-    grid = {"h": H, "n": T // C, "b": B}
-    return call(body, "delta_rule_inverses", grid, operands, out_type, scratch, 1)
+        def level(n, inverse):
+            size = jnp.int32(1) << n
+            x_s[...] = inverse.astype(jnp.float16)
+            plgpu.commit_smem()
+            half = call.dot((a_s, x_s))
+            # X holds blocks of `size` tokens alone, so masking A's product with it masks A.
+            half = jnp.where((((i ^ j) & -size) == size) & (i > j), half, 0.0)
+            y_s[...] = half.astype(jnp.float16)
+            plgpu.commit_smem()
+            return inverse - call.dot((x_s, y_s))
+
+        inverse = lax.fori_loop(1, LEVELS, level, start)
+
+        def send(x, out_s, ref):
+            out_s[...] = x.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_s, ref)
+
+        x_s[...] = inverse.astype(jnp.float16)
+        send(inverse, k_s[0], refs[0].at[b, n, h])
+        if both:
+            product = call.dot((x_s, scores_s)) * by_row(load(beta_rows_s, ROWS), (C, C))
+            if len(k_s) == 1:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            send(jnp.where(i == j, 1.0, 0.0) - product, k_s[-1], refs[1].at[b, n, h])
+        plgpu.wait_smem_to_gmem(0)
+
+    return call(body, "delta_rule_inverses", {"h": H, "n": N, "b": B}, operands, out_type, scratch, 1)
 
 
-def _prepare_channels(call, q, k, beta, g, start, *, scale, inverses):
-    """What a decay of every channel does within chunks, and R, T.
+def _prepare_channels(call, q, k, g, start, *, scale, keys):
+    """What a decay of every channel does within chunks.
 
     Args:
-      q, k: [B, T, H, K]; beta: [B, H, N, C]; g, start: of `channels_of`.
-      inverses: 0 for neither R nor T, 1 for R, 2 for both.
+      q, k: [B, T, H, K]; g, start: of `channels_of`.
+      keys: also return S.
 
     Returns:
       scale q and k times the decays up to each token; (k times those after it, the scores P [B, N, H, C, C], and the decays of
-      whole chunks [B, N, H, K] float32 as powers of 2); the inverses asked for, [B, N, H, C, C].
+      whole chunks [B, N, H, K] float32 as powers of 2); S [B, N, H, C, C] float16 or None.
     """
     B, T, H, K = q.shape
     N, tiles = T // C, range(K // C)
     dtype = q.dtype
-    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s")}
-    scratch |= {name: swizzled((C, C), dtype) for name in ("z_s", "z_keys_s", "more_s")}
+    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
+    if keys:
+        scratch["z_keys_s"] = [swizzled((C, C), dtype)] * len(tiles)
     scratch |= {
-        "sum_s": swizzled((C, C), jnp.float16), "total_s": plgpu.SMEM((K,), F32),
-        "beta_rows_s": plgpu.SMEM((C,), F32), "beta_columns_s": plgpu.SMEM((C,), F32),
-        "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + 2 + 2 * (start is not None)),
+        "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles), "total_s": plgpu.SMEM((K,), F32),
+        "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + 2 * (start is not None)),
     }  # fmt: skip
-    operands = [q, k, g, beta]
+    operands = [q, k, g]
     if start is not None:
         operands.append(start)
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
     shape = jax.ShapeDtypeStruct
-    pairs = shape((B, N, H, C, C), dtype)
-    out_type = [shape(q.shape, dtype)] * 3 + [pairs, shape((B, N, H, K), F32)] + [pairs] * inverses
+    out_type = [shape(q.shape, dtype)] * 3 + [shape((B, N, H, C, C), dtype), shape((B, N, H, K), F32)]
+    if keys:
+        out_type.append(shape((B, N, H, C, C), jnp.float16))
 
-    def body(q_ref, k_ref, g_ref, beta_ref, *refs, q_s, k_s, z_s, z_keys_s, more_s, sum_s, total_s, beta_rows_s,
-             beta_columns_s, full, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, total_s, full, z_keys_s=None, rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
-        q_read_ref, k_read_ref, k_write_ref, p_ref, total_ref, *inverse_refs = refs
+        q_read_ref, k_read_ref, k_write_ref, p_ref, total_ref, *scores_refs = refs
         h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
         tokens = pl.ds(n * C, C)
         columns = [pl.ds(tile * C, C) for tile in tiles]
         for tile in tiles:
             for ref, to in ((q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
-        for to in (beta_rows_s, beta_columns_s):
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], to, full)
         if start is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        plgpu.barrier_wait(full)
         levels = Levels(call, dtype)
-        starts = None if start is None else by_row(load(rows_s, ROWS), (C, C))
-        scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
-        found = (scores, jnp.zeros_like(scores)) if inverses else (scores,)
+        plgpu.barrier_wait(full)
         for tile in tiles:
-            g_c = plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False)
-            sum_s[...] = g_c.astype(jnp.float16)
+            g_c = powers(plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False))
+            sum_s[tile][...] = g_c.astype(jnp.float16)
             lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
             total_s.at[columns[tile]][...] = jnp.sum(g_c, axis=0) + lost
+        plgpu.commit_smem()
+        starts = None if start is None else by_row(load(rows_s, ROWS), (C, C))
+        scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
+        found = (scores, jnp.zeros_like(scores)) if keys else (scores,)
+
+        def level(n, found):
+            size = jnp.int32(1) << n
+            for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
+                q_c, k_c = load(q_s[tile]), load(k_s[tile])
+                z_s[tile][...] = levels.mixed(factor, size, q_c, k_c)
+                if keys:
+                    z_keys_s[tile][...] = k_c * factor.astype(dtype)
             plgpu.commit_smem()
+            parted = levels.pairs(size)
+            of = (z_s, z_keys_s)[: len(found)]
+            products = (call.dot(*((z[tile], z[tile].T) for tile in tiles)) for z in of)
+            return tuple(jnp.where(parted, product, x) for x, product in zip(found, products, strict=True))
 
-            def level(n, found, tile=tile):
-                size = jnp.int32(1) << n
-                [factor] = levels.factors([sum_s], size)
-                keys = load(k_s[tile])
-                z_s[...] = (jnp.where(levels.right(size), load(q_s[tile]), keys).astype(F32) * factor).astype(dtype)
-                z_keys_s[...] = (keys.astype(F32) * factor).astype(dtype)
-                plgpu.commit_smem()
-                parted = levels.pairs(size)
-                rows = (z_s, z_keys_s)[: len(found)]
-                return tuple(x + jnp.where(parted, call.dot((z, z_keys_s.T)), 0.0) for x, z in zip(found, rows, strict=True))
-
-            found = lax.fori_loop(0, LEVELS, level, found)
-            [before], [after] = levels.before([sum_s]), levels.after([sum_s])
+        found = lax.fori_loop(0, LEVELS, level, found)
+        if start is not None:
+            together = starts == by_column(load(columns_s, COLS), (C, C))
+            found = [jnp.where(together, x, 0.0) for x in found]
+        for tile, before, after in zip(tiles, levels.before(sum_s), levels.after(sum_s), strict=True):
             if start is not None:
                 before = jnp.where(starts < 0, before, 0.0)
                 after = jnp.where(starts == rows_s[C - 1], after, 0.0)
             q_c, k_c = load(q_s[tile]).astype(F32), load(k_s[tile]).astype(F32)
             q_s[tile][...] = (q_c * (before * scale)).astype(dtype)
-            z_s[...] = (k_c * before).astype(dtype)
-            z_keys_s[...] = (k_c * after).astype(dtype)
+            z_s[tile][...] = (k_c * before).astype(dtype)
+            k_s[tile][...] = (k_c * after).astype(dtype)
             plgpu.commit_smem()
-            for x_s, ref in ((q_s[tile], q_read_ref), (z_s, k_read_ref), (z_keys_s, k_write_ref)):
+            for x_s, ref in ((q_s[tile], q_read_ref), (z_s[tile], k_read_ref), (k_s[tile], k_write_ref)):
                 plgpu.copy_smem_to_gmem(x_s, ref.at[b, tokens, h, columns[tile]])
+        if not keys:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if start is not None:
-            together = starts == by_column(load(columns_s, COLS), (C, C))
-            found = [jnp.where(together, x, 0.0) for x in found]
-        more_s[...] = (found[0] * scale).astype(dtype)
+        p_s = (z_keys_s if keys else z_s)[0]
+        p_s[...] = (found[0] * scale).astype(dtype)
+        if keys:
+            sum_s[0][...] = found[1].astype(jnp.float16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(more_s, p_ref.at[b, n, h])
+        plgpu.copy_smem_to_gmem(p_s, p_ref.at[b, n, h])
         plgpu.copy_smem_to_gmem(total_s, total_ref.at[b, n, h])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=bool(inverses))
-        if inverses:
-            inverse = _Inverse(call, found[1], beta_rows_s, beta_columns_s, (q_s[0], k_s[0], z_s, z_keys_s, more_s))
-            inverse.send(*(ref.at[b, n, h] for ref in inverse_refs))
+        if keys:
+            plgpu.copy_smem_to_gmem(sum_s[0], scores_refs[0].at[b, n, h])
+        plgpu.wait_smem_to_gmem(0)
 
     grid = {"h": H, "n": N, "b": B}
     q_read, k_read, *channels = call(body, "delta_rule_channels_scores", grid, operands, out_type, scratch, 1)
-    return q_read, k_read, channels[:3], channels[3:]
+    return q_read, k_read, channels[:3], channels[3] if keys else None
 
 
-def _channel_memories(stages, K, dtype):
-    """For k that is written, P and the decays of chunks."""
-    return {
-        "k_write_s": swizzled((stages, C, K), dtype), "p_s": swizzled((stages, C, C), dtype),
-        "total_s": plgpu.SMEM((stages, K), F32),
-    }  # fmt: skip
-
-
-def _gate_refs(refs, rows, channels):
-    """The refs of `rows` or `channels`, and those after them."""
-    count = 1 if rows is not None else 0 if channels is None else len(channels)
-    return refs[:count], refs[count:]
-
-
-def _forward_walk(call, q, k, v, beta, inverse, state, *, scale, save, rows=None, channels=None):
-    """Outputs, the final state [B, H, V, K] and, if saved, the states that enter the chunks [B, N, H, V, K] and their r
-    [B, N, H, V, C] in v's dtype.
+def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=None, channels=None):
+    """Outputs, the states that leave the segments [B, S, H, V, K] and, if saved, the states that enter the chunks
+    [B, N, H, V, K] and their r [B, N, H, V, C] in v's dtype.
 
     Args:
-      beta: [B, H, N, C]; inverse: R; state: [B, H, V, K] float32.
+      beta: [B, H, N, C]; inverse: R.
+      states: [B, S, H, V, K] float32, entering each of S segments of time; or S, for only what each makes of a state:
+        [B, S, H, V + K, K], the state that leaves it after none enters, and the matrix that multiplies one that does.
       rows: of `decay_rows`; or for a decay of every channel
       channels: of `_prepare_channels`, k that is written, P and the decays of chunks; then q and k are those that read.
     """
-    B, T, H, K = q.shape
+    B, T, H, K = k.shape
     V = v.shape[-1]
     N = T // C
-    dtype = q.dtype
-    blocks = value_blocks(B * H, V)
-    wgs = V // blocks // C
+    dtype = k.dtype
+    maps = isinstance(states, int)
+    segments = states if maps else states.shape[1]
+    each = -(-N // segments)
+    wgs = V // C if segments > 1 else V // value_blocks(B * H, V) // C
+    if maps and K % V:
+        wgs = 1  # no block has rows of both
+    blocks = (V + K if maps else V) // C // wgs
     stages = 2 if wgs > 1 or channels is not None else 3
     scratch = {
-        "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
-        "v_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
-        "beta_s": plgpu.SMEM((stages, C), F32),
-        "h_s": swizzled((wgs, C, K), dtype), "r_s": swizzled((wgs, C, C), dtype), "o_s": swizzled((wgs, C, C), dtype),
-        "full": plgpu.Barrier(num_arrivals=4 + wgs + 2 * (rows is not None) + 3 * (channels is not None), num_barriers=stages),
+        "k_s": swizzled((stages, C, K), dtype), "v_s": swizzled((stages, wgs, C, C), dtype),
+        "inverse_s": swizzled((stages, C, C), dtype), "beta_s": plgpu.SMEM((stages, C), F32),
+        "full": plgpu.Barrier(num_arrivals=3 + wgs + (1 if maps else 2) * (rows is not None) + 2 * (channels is not None)
+                              + (0 if maps else 1 + (channels is not None)), num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
     }  # fmt: skip
-    operands = [q, k, v, beta, inverse, state]
+    operands = [k, v, beta, inverse]
     if rows is not None:
         operands.append(rows)
-        scratch |= {name: plgpu.SMEM((stages, rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
+        scratch["columns_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
     elif channels is not None:
-        operands += channels
-        scratch |= _channel_memories(stages, K, dtype)
+        operands += [channels[0], channels[2]]
+        scratch |= {"k_write_s": swizzled((stages, C, K), dtype), "total_s": plgpu.SMEM((stages, K), F32)}
     shape = jax.ShapeDtypeStruct
-    out_type = [shape(v.shape, v.dtype), shape((B, H, V, K), F32)]
+    out_type = [shape((B, segments, H, V + K if maps else V, K), F32)]
+    if not maps:
+        operands += [q, states] + ([] if channels is None else [channels[1]])
+        out_type.append(shape(v.shape, v.dtype))
+        scratch |= {
+            "q_s": swizzled((stages, C, K), dtype), "h_s": swizzled((wgs, C, K), dtype),
+            "r_s": swizzled((wgs, C, C), dtype), "o_s": swizzled((wgs, C, C), dtype),
+        }  # fmt: skip
+        if rows is not None:
+            scratch["rows_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
+        elif channels is not None:
+            scratch["p_s"] = swizzled((stages, C, C), dtype)
     if save:
         out_type += [shape((B, N, H, V, K), dtype), shape((B, N, H, V, C), dtype)]
 
-    def body(q_ref, k_ref, v_ref, beta_ref, inverse_ref, state_ref, *refs, q_s, k_s, v_s, inverse_s, beta_s, h_s, r_s, o_s,
-             full, empty, done, rows_s=None, columns_s=None, k_write_s=None, p_s=None, total_s=None):
-        gates, refs = _gate_refs(refs, rows, channels)
-        o_ref, final_ref, *saved_refs = refs
-        b, h, block = (lax.axis_index(name) for name in ("b", "h", "v"))
+    def body(k_ref, v_ref, beta_ref, inverse_ref, *refs, k_s, v_s, inverse_s, beta_s, full, empty, done, q_s=None, h_s=None,
+             r_s=None, o_s=None, rows_s=None, columns_s=None, k_write_s=None, p_s=None, total_s=None):
+        refs = list(refs)
+        rows_ref = refs.pop(0) if rows is not None else None
+        k_write_ref, total_ref = (refs.pop(0), refs.pop(0)) if channels is not None else (None, None)
+        q_ref, states_ref = (None, None) if maps else (refs.pop(0), refs.pop(0))
+        p_ref = refs.pop(0) if p_s is not None else None
+        final_ref, *refs = refs
+        b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
         wg = lax.axis_index("wg")
+        first = s * each
         mine = pl.ds((block * wgs + wg) * C, C)
+        of_maps = (block * wgs + wg) * C >= V
 
         def fetch(n, slot):
-            tokens, bar = pl.ds(n * C, C), full.at[slot]
-            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
+            at, bar = first + n, full.at[slot]
+            tokens = pl.ds(at * C, C)
             plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_s.at[slot], bar)
             for part in range(wgs):
-                values = pl.ds((block * wgs + part) * C, C)
-                plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, values], v_s.at[slot, part], bar)
-            plgpu.copy_gmem_to_smem(inverse_ref.at[b, n, h], inverse_s.at[slot], bar)
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], beta_s.at[slot], bar)
+                start = (block * wgs + part) * C
+                start = jnp.where(start >= V, 0, start) if maps else start
+                plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, pl.ds(start, C)], v_s.at[slot, part], bar)
+            plgpu.copy_gmem_to_smem(inverse_ref.at[b, at, h], inverse_s.at[slot], bar)
+            plgpu.copy_gmem_to_smem(beta_ref.at[b, h, at], beta_s.at[slot], bar)
             if rows is not None:
-                of_head = gates[0].at[b, h if rows.shape[1] > 1 else 0, n]
-                for to in (rows_s, columns_s):
+                of_head = rows_ref.at[b, h if rows.shape[1] > 1 else 0, at]
+                for to in (columns_s, rows_s)[: 1 if maps else 2]:
                     plgpu.copy_gmem_to_smem(of_head, to.at[slot], bar)
             elif channels is not None:
-                k_write_ref, p_ref, total_ref = gates
                 plgpu.copy_gmem_to_smem(k_write_ref.at[b, tokens, h], k_write_s.at[slot], bar)
-                plgpu.copy_gmem_to_smem(p_ref.at[b, n, h], p_s.at[slot], bar)
-                plgpu.copy_gmem_to_smem(total_ref.at[b, n, h], total_s.at[slot], bar)
+                plgpu.copy_gmem_to_smem(total_ref.at[b, at, h], total_s.at[slot], bar)
+            if not maps:
+                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
+                if channels is not None:
+                    plgpu.copy_gmem_to_smem(p_ref.at[b, at, h], p_s.at[slot], bar)
 
         def step(n, slot, state):
-            q_c, k_c = q_s.at[slot], k_s.at[slot]
-            of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
+            at, k_c = first + n, k_s.at[slot]
+            of_column = None if rows is None else columns_s.at[slot]
             beta_c = by_column(load(beta_s.at[slot], COLS), (C, C))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             low = state.astype(dtype)
-            h_s.at[wg][...] = low
+            if not maps:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                h_s.at[wg][...] = low
             read = call.dot((low, k_c.T))
             if rows is not None:
                 read = read * by_column(product_before(of_column, COLS), (C, C))
-            u = load(v_s.at[slot, wg].T).astype(F32) - read
+            v_c = load(v_s.at[slot, wg].T).astype(F32)
+            u = (jnp.where(lax.broadcast(of_maps, v_c.shape), 0.0, v_c) if maps else v_c) - read
             r = call.dot((u.astype(dtype), inverse_s.at[slot].T))
-            r_s.at[wg][...] = r.astype(dtype)
-            plgpu.commit_smem()
+            if not maps:
+                r_s.at[wg][...] = r.astype(dtype)
+                plgpu.commit_smem()
             if save:
-                h_ref, r_ref = saved_refs
-                plgpu.copy_smem_to_gmem(h_s.at[wg], h_ref.at[b, n, h, mine])
-                plgpu.copy_smem_to_gmem(r_s.at[wg], r_ref.at[b, n, h, mine])
+                h_ref, r_ref = refs[1:]
+                plgpu.copy_smem_to_gmem(h_s.at[wg], h_ref.at[b, at, h, mine])
+                plgpu.copy_smem_to_gmem(r_s.at[wg], r_ref.at[b, at, h, mine])
             written = r * beta_c
             if rows is not None:
                 written = written * by_column(product_after(of_column, COLS), (C, C))
@@ -350,6 +366,10 @@ def _forward_walk(call, q, k, v, beta, inverse, state, *, scale, save, rows=None
                 k_write = k_write_s.at[slot]
                 state = state * by_column(jnp.exp2(load(total_s.at[slot], COLS)), state.shape)
             state = call.dot((written.astype(dtype), k_write), init=state)
+            if maps:
+                return state
+            q_c = q_s.at[slot]
+            of_row = None if rows is None else rows_s.at[slot]
             o = call.dot((q_c, h_s.at[wg].T))
             if channels is None:
                 scores = times(call.dot((q_c, k_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * (scale * beta_c)
@@ -361,45 +381,54 @@ def _forward_walk(call, q, k, v, beta, inverse, state, *, scale, save, rows=None
             o = call.dot((scores.astype(dtype), r_s.at[wg].T), init=o)
             o_s.at[wg][...] = o.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[wg], o_ref.at[b, pl.ds(n * C, C), h, mine])
+            plgpu.copy_smem_to_gmem(o_s.at[wg], refs[0].at[b, pl.ds(at * C, C), h, mine])
             return state
 
-        state = plgpu.load(state_ref.at[b, h, mine], layout=WGMMA, optimized=False)
-        state = walk_chunks(fetch, step, state, count=jnp.int32(N), wg=wg, wgs=wgs, full=full, empty=empty)
-        final_ref.at[b, h, mine][...] = state
-        plgpu.wait_smem_to_gmem(0)
+        if maps:
+            i, j = iota((C, K), 0), iota((C, K), 1)
+            state = jnp.where(i + ((block * wgs + wg) * C - V) == j, 1.0, 0.0)
+        else:
+            state = plgpu.load(states_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
+        count = jnp.maximum(jnp.minimum(first + each, N) - first, 0)
+        state = walk_chunks(fetch, step, state, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
+        final_ref.at[b, s, h, mine][...] = state
+        if not maps:
+            plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
-    grid = {"b": B, "h": H, "v": blocks}
-    name = "delta_rule_forward" if channels is None else "delta_rule_channels_forward"
+    grid = {"b": B, "h": H, "s": segments, "v": blocks}
+    name = "maps" if maps else "forward"
+    name = f"delta_rule_{name}" if channels is None else f"delta_rule_channels_{name}"
     return call(body, name, grid, operands, out_type, scratch, wgs)
 
 
-def _backward_walk(call, q, k, do, beta, inverse, d_state, *, scale, rows=None, channels=None):
-    """The cotangent of the state that enters token 0 [B, H, V, K], mu of every chunk [B, N, H, V, C] and the cotangents of the
-    states that leave the chunks [B, N, H, V, K], both in q's dtype.
+def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, channels=None):
+    """The cotangents of the states that enter the segments [B, S, H, V, K], mu of every chunk [B, N, H, V, C] and the
+    cotangents of the states that leave the chunks [B, N, H, V, K], both in q's dtype.
 
     Args:
-      do: [B, T, H, V]; inverse: T; d_state: [B, H, V, K] float32, of the final one.
+      do: [B, T, H, V]; inverse: T.
+      states: [B, S, H, V, K] float32, the cotangents of the states that leave segments; or S, for only what each adds.
       beta, rows, channels: as for `_forward_walk`.
     """
     B, T, H, K = q.shape
     V = do.shape[-1]
     N = T // C
     dtype = q.dtype
-    blocks = value_blocks(B * H, V)
-    wgs = V // blocks // C
+    alone = isinstance(states, int)
+    segments = states if alone else states.shape[1]
+    each = -(-N // segments)
+    wgs = V // C if segments > 1 else V // value_blocks(B * H, V) // C
     stages = 2 if wgs > 1 or channels is not None else 3
     scratch = {
         "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
         "do_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
         "beta_s": plgpu.SMEM((stages, C), F32),
-        "dh_s": swizzled((wgs, C, K), dtype), "mu_s": swizzled((wgs, C, C), dtype),
         "full": plgpu.Barrier(num_arrivals=4 + wgs + 2 * (rows is not None) + 3 * (channels is not None), num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
     }  # fmt: skip
-    operands = [q, k, do, beta, inverse, d_state]
+    operands = [q, k, do, beta, inverse]
     if rows is not None:
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((stages, rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
@@ -407,19 +436,31 @@ def _backward_walk(call, q, k, do, beta, inverse, d_state, *, scale, rows=None, 
         scratch["p_s"] = swizzled((wgs, C, C), dtype)
     else:
         operands += channels
-        scratch |= _channel_memories(stages, K, dtype)
+        scratch |= {
+            "k_write_s": swizzled((stages, C, K), dtype), "p_s": swizzled((stages, C, C), dtype),
+            "total_s": plgpu.SMEM((stages, K), F32),
+        }  # fmt: skip
     shape = jax.ShapeDtypeStruct
-    out_type = [shape((B, H, V, K), F32), shape((B, N, H, V, C), dtype), shape((B, N, H, V, K), dtype)]
+    out_type = [shape((B, segments, H, V, K), F32)]
+    if not alone:
+        operands.append(states)
+        out_type += [shape((B, N, H, V, C), dtype), shape((B, N, H, V, K), dtype)]
+        scratch |= {"dh_s": swizzled((wgs, C, K), dtype), "mu_s": swizzled((wgs, C, C), dtype)}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, final_ref, *refs, q_s, k_s, do_s, inverse_s, beta_s, dh_s, mu_s, p_s,
-             full, empty, done, rows_s=None, columns_s=None, k_write_s=None, total_s=None):
-        gates, (d_state_ref, mu_ref, dh_ref) = _gate_refs(refs, rows, channels)
-        b, h, block = (lax.axis_index(name) for name in ("b", "h", "v"))
+    def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, *refs, q_s, k_s, do_s, inverse_s, beta_s, p_s, full, empty, done,
+             dh_s=None, mu_s=None, rows_s=None, columns_s=None, k_write_s=None, total_s=None):
+        refs = list(refs)
+        rows_ref = refs.pop(0) if rows is not None else None
+        k_write_ref, p_ref, total_ref = (refs.pop(0) for _ in range(3)) if channels is not None else (None,) * 3
+        states_ref = None if alone else refs.pop(0)
+        d_state_ref, *refs = refs
+        b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
         wg = lax.axis_index("wg")
         mine = pl.ds((block * wgs + wg) * C, C)
+        last = jnp.minimum((s + 1) * each, N) - 1
 
         def fetch(n, slot):
-            at, bar = N - 1 - n, full.at[slot]
+            at, bar = last - n, full.at[slot]
             tokens = pl.ds(at * C, C)
             plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
             plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_s.at[slot], bar)
@@ -429,22 +470,22 @@ def _backward_walk(call, q, k, do, beta, inverse, d_state, *, scale, rows=None, 
             plgpu.copy_gmem_to_smem(inverse_ref.at[b, at, h], inverse_s.at[slot], bar)
             plgpu.copy_gmem_to_smem(beta_ref.at[b, h, at], beta_s.at[slot], bar)
             if rows is not None:
-                of_head = gates[0].at[b, h if rows.shape[1] > 1 else 0, at]
+                of_head = rows_ref.at[b, h if rows.shape[1] > 1 else 0, at]
                 for to in (rows_s, columns_s):
                     plgpu.copy_gmem_to_smem(of_head, to.at[slot], bar)
             elif channels is not None:
-                k_write_ref, p_ref, total_ref = gates
                 plgpu.copy_gmem_to_smem(k_write_ref.at[b, tokens, h], k_write_s.at[slot], bar)
                 plgpu.copy_gmem_to_smem(p_ref.at[b, at, h], p_s.at[slot], bar)
                 plgpu.copy_gmem_to_smem(total_ref.at[b, at, h], total_s.at[slot], bar)
 
         def step(n, slot, dh):
-            at = N - 1 - n
+            at = last - n
             q_c, k_c = q_s.at[slot], k_s.at[slot]
             of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             low = dh.astype(dtype)
-            dh_s.at[wg][...] = low
+            if not alone:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dh_s.at[wg][...] = low
             if channels is None:
                 scores_s, k_write = p_s.at[wg], k_c
                 scores = times(call.dot((q_c, k_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * scale
@@ -452,16 +493,18 @@ def _backward_walk(call, q, k, do, beta, inverse, d_state, *, scale, rows=None, 
             else:
                 scores_s, k_write = p_s.at[slot], k_write_s.at[slot]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(dh_s.at[wg], dh_ref.at[b, at, h, mine])
+            if not alone:
+                plgpu.copy_smem_to_gmem(dh_s.at[wg], refs[1].at[b, at, h, mine])
             d_written = call.dot((low, k_write.T))
             if rows is not None:
                 d_written = d_written * by_column(product_after(of_column, COLS), (C, C))
             do_c = load(do_s.at[slot, wg].T)
             d_written = call.dot((do_c, scores_s), init=d_written)
             mu = call.dot((d_written.astype(dtype), inverse_s.at[slot]))
-            mu_s.at[wg][...] = mu.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(mu_s.at[wg], mu_ref.at[b, at, h, mine])
+            if not alone:
+                mu_s.at[wg][...] = mu.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(mu_s.at[wg], refs[0].at[b, at, h, mine])
             d_read = mu * by_column(-load(beta_s.at[slot], COLS), (C, C))
             d_out = do_c if channels is not None else do_c.astype(F32) * scale
             if rows is not None:
@@ -473,16 +516,40 @@ def _backward_walk(call, q, k, do, beta, inverse, d_state, *, scale, rows=None, 
             dh = call.dot((d_out.astype(dtype), q_c), init=dh)
             return call.dot((d_read.astype(dtype), k_c), init=dh)
 
-        dh = plgpu.load(final_ref.at[b, h, mine], layout=WGMMA, optimized=False)
-        dh = walk_chunks(fetch, step, dh, count=jnp.int32(N), wg=wg, wgs=wgs, full=full, empty=empty)
-        d_state_ref.at[b, h, mine][...] = dh
-        plgpu.wait_smem_to_gmem(0)
+        if alone:
+            dh = plgpu.layout_cast(jnp.zeros((C, K), F32), WGMMA)
+        else:
+            dh = plgpu.load(states_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
+        count = jnp.maximum(last + 1 - s * each, 0)
+        dh = walk_chunks(fetch, step, dh, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
+        d_state_ref.at[b, s, h, mine][...] = dh
+        if not alone:
+            plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
-    grid = {"b": B, "h": H, "v": blocks}
-    name = "delta_rule_backward_states" if channels is None else "delta_rule_channels_backward_states"
+    grid = {"b": B, "h": H, "s": segments, "v": V // C // wgs}
+    name = "backward_added" if alone else "backward_states"
+    name = f"delta_rule_{name}" if channels is None else f"delta_rule_channels_{name}"
     return call(body, name, grid, operands, out_type, scratch, wgs)
+
+
+def _segments(walks, V, chunks):
+    """Segments of time, so many that walks with few heads fill the chip. They double the work."""
+    if 2 * walks * (V // C) > gpu.SMS:
+        return 1
+    most = max(1, min(gpu.SMS // walks, chunks // FEWEST))
+    return -(-chunks // -(-chunks // most))  # none is empty
+
+
+def _entering(added, maps, state, *, reverse=False):
+    """The states [B, S, H, V, K] that enter segments, from what each adds to a state and what multiplies that."""
+    order = range(maps.shape[1])
+    entering = {}
+    for s in reversed(order) if reverse else order:
+        entering[s] = state
+        state = added[:, s] + jnp.einsum("bhvk,bhkl->bhvl", state, maps[:, s], precision=lax.Precision.HIGHEST)
+    return jnp.stack([entering[s] for s in order], axis=1)
 
 
 def _send_values(part, tiles, V, mu_s, r_s, beta_rows, out_s, sums_s, dv_ref, dbeta_ref):
@@ -654,7 +721,7 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, *, scale):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
         levels = Levels(call, dtype)
         i, j = levels.i, levels.j
-        g_c = plgpu.load(g_ref.at[b, tokens, hd, keys], layout=WGMMA, optimized=False)
+        g_c = powers(plgpu.load(g_ref.at[b, tokens, hd, keys], layout=WGMMA, optimized=False))
         sum_s[...] = g_c.astype(jnp.float16)
         total = jnp.exp2(jnp.sum(g_c, axis=0))
         plgpu.commit_smem()
@@ -683,8 +750,8 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, *, scale):
             right, partners = levels.right(size), levels.partners(size)
             [factor] = levels.factors([sum_s], size)
             k_c = load(k_s)
-            z_s[...] = (jnp.where(right, load(q_s), k_c).astype(F32) * factor).astype(dtype)
-            z_keys_s[...] = (k_c.astype(F32) * factor).astype(dtype)
+            z_s[...] = levels.mixed(factor, size, load(q_s), k_c)
+            z_keys_s[...] = k_c * factor.astype(dtype)
             plgpu.commit_smem()
             d_mixed = factor * call.dot((load(pairs_s) * partners, z_s))
             dq, dk_written = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk_written, dk_written + d_mixed)
@@ -754,16 +821,25 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
     call, length = Call(interpret), q.shape[1]
     q, k, v = (padded(x, C) for x in (q, k, v))
     beta = _gates(beta, q.shape[1])
-    walk = partial(_forward_walk, call, state=jnp.swapaxes(state, -1, -2), scale=scale, save=save)
     if log_decay is not None and log_decay.shape[-1] > 1:
         gates = channels_of(log_decay, reset, q.shape[1])
-        q, k, channels, (inverse, *transposed) = _prepare_channels(call, q, k, beta, *gates, scale=scale, inverses=1 + save)
-        o, final, *saved = walk(q, k, v, beta, inverse, channels=channels)
+        q, k, channels, scores = _prepare_channels(call, q, k, *gates, scale=scale, keys=True)
+        inverse, *transposed = _inverses(call, beta, both=save, scores=scores)
+        walk = partial(_forward_walk, call, q, k, v, beta, inverse, channels=channels, scale=scale)
     else:
         rows = decay_rows(log_decay, reset, q.shape[1], C)
-        inverse, *transposed = _inverses(call, k, beta, rows, both=save)
-        o, final, *saved = walk(q, k, v, beta, inverse, rows=rows)
-    return o[:, :length], jnp.swapaxes(final, -1, -2), (*saved, *transposed) if save else None
+        inverse, *transposed = _inverses(call, beta, both=save, k=k, rows=rows)
+        walk = partial(_forward_walk, call, q, k, v, beta, inverse, rows=rows, scale=scale)
+    state = jnp.swapaxes(state, -1, -2)
+    B, H, V, K = state.shape
+    states, maps = state[:, None], jnp.zeros((B, 0, H, K, K), F32)
+    segments = _segments(B * H, V, q.shape[1] // C)
+    if segments > 1:
+        [both] = walk(segments, save=False)
+        added, maps = both[..., :V, :], both[..., V:, :]
+        states = _entering(added, maps, state)
+    final, o, *saved = walk(states, save=save)
+    return o[:, :length], jnp.swapaxes(final[:, -1], -1, -2), (*saved, maps, *transposed) if save else None
 
 
 def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -779,17 +855,27 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
     call, length = Call(interpret), q.shape[1]
     q, k, do = (padded(x, C) for x in (q, k, do))
     beta = _gates(beta, q.shape[1])
-    h, r, inverse = saved
-    walk = partial(_backward_walk, call, do=do, beta=beta, inverse=inverse, d_state=jnp.swapaxes(d_final, -1, -2), scale=scale)
+    h, r, maps, inverse = saved
+
+    def walked(q, k, **gates):
+        walk = partial(_backward_walk, call, q, k, do, beta, inverse, scale=scale, **gates)
+        d_state = jnp.swapaxes(d_final, -1, -2)
+        d_states = d_state[:, None]
+        if maps.shape[1]:
+            [added] = walk(maps.shape[1])
+            d_states = _entering(added, jnp.swapaxes(maps, -1, -2), d_state, reverse=True)
+        d_states, mu, dh = walk(d_states)
+        return jnp.swapaxes(d_states[:, 0], -1, -2), mu, dh
+
     if log_decay is not None and log_decay.shape[-1] > 1:
         g, start = channels_of(log_decay, reset, q.shape[1])
-        q_read, k_read, channels, _ = _prepare_channels(call, q, k, beta, g, start, scale=scale, inverses=0)
-        d_state, mu, dh = walk(q_read, k_read, channels=channels)
+        q_read, k_read, channels, _ = _prepare_channels(call, q, k, g, start, scale=scale, keys=False)
+        d_state, mu, dh = walked(q_read, k_read, channels=channels)
         dq, dk, dv, dbeta, dg = _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, scale=scale)
         dbeta = dbeta.reshape(*dbeta.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]
-        return *(x[:, :length] for x in (dq, dk, dv)), dbeta, dg[:, :length], jnp.swapaxes(d_state, -1, -2)
+        return *(x[:, :length] for x in (dq, dk, dv)), dbeta, dg[:, :length], d_state
     rows = decay_rows(log_decay, reset, q.shape[1], C)
-    d_state, mu, dh = walk(q, k, rows=rows)
+    d_state, mu, dh = walked(q, k, rows=rows)
     dq, dk, dv, dbeta, *sums = _gradients(call, q, k, do, beta, rows, h, r, mu, dh, scale=scale)
 
     def of_tokens(x):
@@ -802,4 +888,4 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
         dg = of_tokens(dg)
         if reset is not None:
             dg = jnp.where(reset[..., None, None], 0.0, dg)
-    return dq[:, :length], dk[:, :length], dv[:, :length], of_tokens(dbeta), dg, jnp.swapaxes(d_state, -1, -2)
+    return dq[:, :length], dk[:, :length], dv[:, :length], of_tokens(dbeta), dg, d_state

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import gpu
-from pallas_kernels.gpu import CHIPS, F32, Call, load, padded, walk_chunks
+from pallas_kernels.gpu import CHIPS, F32, Call, load, walk_chunks
 
 TILE = 32  # tokens
 WIDTH = 128  # channels of a warpgroup
@@ -173,9 +173,9 @@ def _entering(call, name, totals, inputs, state, *, reverse=False):
     return lax.associative_scan(joined, before, axis=1, reverse=reverse)[0]
 
 
-def _whole(x):
+def _whole(x, fill=0.0):
     """[B, T, D] with whole tiles of tokens and blocks of channels."""
-    return padded(jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % WIDTH))), TILE)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % TILE), (0, -x.shape[2] % WIDTH)), constant_values=fill)
 
 
 def _of_channels(state):
@@ -199,21 +199,23 @@ def forward(a, b, state, *, interpret=False):
     return h[:, : b.shape[1], : b.shape[2]]
 
 
-def backward(a, h, state, do, *, interpret=False):
+def backward(a, h, do, state, d_final, *, interpret=False):
     """Gradients from the cotangent of h.
 
     Args:
       a, state, interpret: as given to `forward`; h: what it returned; do: [B, T, D] float32.
+      d_final: [B, D] float32, added to the cotangent of the last h.
 
     Returns:
       da and db [B, T, D], and the gradient of the state [B, D], float32.
     """
     call, (_, T, D) = Call(interpret), h.shape
-    a, h, do = (_whole(x) for x in (a, h, do))
-    none = jnp.zeros((h.shape[0], h.shape[2]), F32)
-    entering = _entering(call, "diagonal_backward_states", _backward_totals, {"a": a, "do": do}, none, reverse=True)
-    inputs, first = {"a": a, "h": h, "do": do}, ("h", _of_channels(state))
+    # Padding passes the last token's cotangent on.
+    a, h, do = _whole(a, 1.0), _whole(h), _whole(do)
+    state, d_final = (_of_channels(x) for x in (state, d_final))
+    entering = _entering(call, "diagonal_backward_states", _backward_totals, {"a": a, "do": do}, d_final, reverse=True)
     (da, db), [d_state] = _walk(
-        call, "diagonal_backward", _backward_step, inputs, ("da", "db"), (entering,), first=first, reverse=True
-    )
+        call, "diagonal_backward", _backward_step, {"a": a, "h": h, "do": do}, ("da", "db"), (entering,), first=("h", state),
+        reverse=True,
+    )  # fmt: skip
     return da[:, :T, :D], db[:, :T, :D], d_state[:, 0, :D]

@@ -35,7 +35,7 @@ def declines(*, dtype, chip: str) -> str | None:
 
 
 class _Layout:
-    """Tokens in chunks and channels in blocks, both padded with zeros."""
+    """Tokens in chunks and channels in blocks, both padded."""
 
     def __init__(self, shape: tuple[int, int, int], *, reverse: bool):
         self.B, self.T, self.D = shape
@@ -47,12 +47,13 @@ class _Layout:
         self.padded = (self.B, self.chunks * self.C, padded)
         self.at = (lambda t: self.chunks - 1 - t) if reverse else (lambda t: t)
 
-    def tokens(self, x=None):
-        """[B, T, D]; None for the shape of a result."""
+    def tokens(self, x=None, fill=0.0):
+        """[B, T, D] padded with `fill`; None for the shape of a result."""
         spec = pl.BlockSpec((1, self.C, self.W), lambda b, d, t: (b, self.at(t), d))
         if x is None:
             return jax.ShapeDtypeStruct(self.padded, jnp.float32), spec
-        return jnp.pad(x, ((0, 0), (0, self.padded[1] - self.T), (0, self.padded[2] - self.D))), spec
+        after = ((0, 0), (0, self.padded[1] - self.T), (0, self.padded[2] - self.D))
+        return jnp.pad(x, after, constant_values=fill), spec
 
     def tile_before(self, x):
         """The tile of tokens before each chunk, of padded [B, T, D]; the first tile for the first chunk."""
@@ -87,18 +88,21 @@ def forward(a, b, state, *, interpret=False):
     return results["h"][:, : layout.T, : layout.D]
 
 
-def backward(a, h, state, do, *, interpret=False):
+def backward(a, h, do, state, d_final, *, interpret=False):
     """Gradients from the cotangent of h.
 
     Args:
       a, state: as given to `forward`; h: what it returned; do: [B, T, D] float32.
+      d_final: [B, D] float32, added to the cotangent of the last h.
 
     Returns:
       da and db [B, T, D], and the gradient of the state [B, D], float32.
     """
     layout = _Layout(h.shape, reverse=True)
-    inputs = {"a": layout.tokens(a), "h": layout.tokens(h), "do": layout.tokens(do)}
-    inputs |= {"tile_before": layout.tile_before(inputs["h"][0]), "state": layout.state(state)}
+    # Padding passes the last token's cotangent on.
+    inputs = {"a": layout.tokens(a, 1.0), "h": layout.tokens(h), "do": layout.tokens(do)}
+    inputs |= {"tile_before": layout.tile_before(inputs["h"][0])}
+    inputs |= {"state": layout.state(state), "d_final": layout.state(d_final)}
     outputs = {"da": layout.tokens(), "db": layout.tokens(), "d_state": layout.state()}
     results = call(_backward_step, "diagonal_backward", layout.grid, inputs, outputs, layout.scratch(), interpret)
     da, db = (results[name][:, : layout.T, : layout.D] for name in ("da", "db"))
@@ -136,13 +140,13 @@ def _forward_step(a, b, state, h, carry):
     carry[...] = before
 
 
-def _backward_step(a, h, do, tile_before, state, da, db, d_state, carry):
+def _backward_step(a, h, do, tile_before, state, d_final, da, db, d_state, carry):
     """One chunk; the last chunk comes first. What is carried is a dh of the token after."""
     step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
-        carry[...] = jnp.zeros_like(carry)
+        carry[...] = d_final[0]
 
     later = carry[...]
     entering = jnp.where(step == pl.num_programs(2) - 1, state[0], tile_before[0, pl.ds(TILE - 1, 1)])

@@ -61,7 +61,7 @@ from pallas_kernels.gpu import (
     walk_chunks,
     weights_between,
 )
-from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of
+from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
 
 __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 
@@ -315,7 +315,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
     """What a decay of every channel does within chunks.
 
     Args:
-      q, k: [B, T, H, K]; g: [B, T, H, K] float32, powers of 2; start: [B, N, C] as in `decay_rows`, or None.
+      q, k: [B, T, H, K]; g: [B, T, H, K] float32; start: [B, N, C] as in `decay_rows`, or None.
 
     Returns:
       scale q times the decays up to each token; k times those after it; the scores [B, H, N, C, C]; and the decays of whole
@@ -361,7 +361,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
             together = starts == by_column(load(columns_s, COLS), (C, C))
         plgpu.barrier_wait(full)
         for tile in tiles:
-            g = load(g_s[tile])
+            g = powers(load(g_s[tile]))
             sum_s[tile][...] = g.astype(jnp.float16)
             lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
             total_s.at[columns[tile]][...] = jnp.sum(g, axis=0) + lost
@@ -371,8 +371,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
         def level(n, scores):
             size = jnp.int32(1) << n
             for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
-                mixed = jnp.where(levels.right(size), load(q_s[tile]), load(k_s[tile])).astype(F32)
-                z_s[tile][...] = (mixed * factor).astype(dtype)
+                z_s[tile][...] = levels.mixed(factor, size, load(q_s[tile]), load(k_s[tile]))
             plgpu.commit_smem()
             return jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
 
@@ -549,7 +548,7 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
             both = jnp.where(starts == by_column(load(columns_s, COLS), (C, C)), both, 0.0)
         own = by_row(jnp.sum(jnp.where(i == j, both, 0.0), axis=1), (C, C))
         both = both.astype(dtype)
-        g = load(g_s)
+        g = powers(load(g_s))
         sum_s[...] = g.astype(jnp.float16)
         total = jnp.exp2(jnp.sum(g, axis=0))
         plgpu.commit_smem()
@@ -560,7 +559,7 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
             size = jnp.int32(1) << n
             right = levels.right(size)
             [factor] = levels.factors([sum_s], size)
-            z_s[...] = (jnp.where(right, load(q_s), load(k_s)).astype(F32) * factor).astype(dtype)
+            z_s[...] = levels.mixed(factor, size, load(q_s), load(k_s))
             plgpu.commit_smem()
             d_mixed = factor * call.dot((both * levels.partners(size), z_s))
             return jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)

@@ -12,8 +12,8 @@ NAMES = ("o", "final state", "dq", "dk", "dv", "dbeta", "dg", "d state")
 KINDS = ("none", "scalar", "vector")
 TOLERANCES = {
     "float32": dict.fromkeys(NAMES, 5e-6),
-    # What tokens write, rounded, is read by those after them: the chunked form has errors of 0.0055 on these inputs.
-    "bfloat16": linear_attention.TOLERANCES["bfloat16"] | {"o": 0.0065, "final state": 0.0065, "dbeta": 0.02, "dg": 0.025},
+    # What tokens write, rounded, is read by those after them: with beta up to 2 the chunked form has errors of 0.0066 here.
+    "bfloat16": linear_attention.TOLERANCES["bfloat16"] | {"o": 0.0075, "final state": 0.0065, "dbeta": 0.02, "dg": 0.025},
 }
 
 
@@ -26,6 +26,7 @@ def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0, most=1.0):
     return (q, k, v, beta, g), *rest
 
 
+@jax.jit
 def reference(inputs, reset, state, do, d_final):
     """The same of the recurrent form in float32, on the same values."""
     inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)

@@ -8,16 +8,16 @@ from jaxlm.ops.diagonal import _recurrent, diagonal_recurrence
 
 
 def arrays(B, T, D, seed=0):
-    """Factors from 0 to 1, a state and a cotangent."""
+    """Factors from 0 to 1, what is added, the cotangent of h, a state and the cotangent of the last h."""
     rng = np.random.default_rng(seed)
     a = jnp.asarray(rng.choice([0.0, 1e-30, 0.5, 0.9, 1.0], size=(B, T, D)), jnp.float32)
     b, do = (jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32) for _ in range(2))
-    return a, b, jnp.asarray(rng.normal(size=(B, D)), jnp.float32), do
+    return a, b, do, *(jnp.asarray(rng.normal(size=(B, D)), jnp.float32) for _ in range(2))
 
 
-def reference(a, b, state, do):
-    h, pull = jax.vjp(lambda a, b, state: _recurrent(a, b, state)[0], a, b, state)
-    return h, *pull(do)
+def reference(a, b, do, state, d_final):
+    (h, _), pull = jax.vjp(_recurrent, a, b, state)
+    return h, *pull((do, d_final))
 
 
 def assert_close(got, expected):

@@ -33,6 +33,7 @@ def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0):
     return (*low, g), reset, state, jnp.asarray(rng.normal(size=(B, T, H, V)), dtype), d_final
 
 
+@jax.jit
 def reference(inputs, reset, state, do, d_final):
     """The same of the recurrent form in float32, on the same values."""
     inputs = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)

@@ -20,9 +20,9 @@ from tests.pallas_kernels.diagonal import arrays, assert_close, op, reference
 RACES = plgpu.InterpretGPUParams(detect_races=True)
 
 
-def run(a, b, state, do, interpret):
+def run(a, b, do, state, d_final, interpret):
     h = gpu.forward(a, b, state, interpret=interpret)
-    return h, *gpu.backward(a, h, state, do, interpret=interpret)
+    return h, *gpu.backward(a, h, do, state, d_final, interpret=interpret)
 
 
 # Sizes, and the multiprocessors of a chip that splits the time into so many segments.
@@ -48,7 +48,7 @@ def test_segments_of_different_lengths(monkeypatch):
 
 
 def test_later_tokens_change_no_earlier_bit():
-    a, b, state, _ = arrays(1, 80, 128)
+    a, b, _, state, _ = arrays(1, 80, 128)
     other = arrays(1, 80, 128, seed=1)
     forward = jax.jit(partial(gpu.forward, interpret=True))
     h = forward(a, b, state)

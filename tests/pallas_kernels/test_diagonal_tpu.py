@@ -18,9 +18,9 @@ from pallas_kernels.diagonal import tpu
 from tests.pallas_kernels.diagonal import arrays, assert_close, op, reference
 
 
-def run(a, b, state, do, interpret):
+def run(a, b, do, state, d_final, interpret):
     h = tpu.forward(a, b, state, interpret=interpret)
-    return h, *tpu.backward(a, h, state, do, interpret=interpret)
+    return h, *tpu.backward(a, h, do, state, d_final, interpret=interpret)
 
 
 @pytest.mark.parametrize("sizes", [(2, 37, 130), (1, 600, 128), (2, 8, 700), (3, 1, 64), (1, 512, 64)], ids=str)
@@ -40,7 +40,7 @@ def test_no_races_and_nothing_uninitialised():
 
 
 def test_later_tokens_change_no_earlier_bit():
-    a, b, state, _ = arrays(1, 40, 128)
+    a, b, _, state, _ = arrays(1, 40, 128)
     other = arrays(1, 40, 128, seed=1)
     h = tpu.forward(a, b, state, interpret=True)
     for t in (3, 16, 29):
