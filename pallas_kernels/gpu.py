@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 C = 64  # tokens a chunk of the walks
-DIMS = (64, 128)
+DIMS = {"K": (64, 128, 256), "V": (64, 128, 256, 512)}
 CHIPS = ("H100", "H200", "H800", "H20")
 FLOOR = -128.0  # exp(-128) is 0 in float32 and sums of 64 of them are finite, where those of -inf are not
 LOG2E = math.log2(math.e)
@@ -28,8 +28,8 @@ def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str |
     and rules nothing out."""
     if not any(name in chip for name in CHIPS):
         return f"the GPU kernel is made for Hopper ({', '.join(CHIPS)}), not for {chip or 'an unknown chip'}"
-    if any(x is not None and x not in DIMS for x in (K, V)):
-        return f"the GPU kernel has K and V in {DIMS}, not K={K}, V={V}"
+    if (K is not None and K not in DIMS["K"]) or (V is not None and V not in DIMS["V"]):
+        return f"the GPU kernel has K in {DIMS['K']} and V in {DIMS['V']}, not K={K}, V={V}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"the GPU kernel takes bfloat16, not {jnp.dtype(dtype).name}"
     return None
@@ -92,6 +92,17 @@ class Call:
         # Nothing that reads the sum may move ahead of the wait for it.
         return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
 
+    def dots(self, inits, *pairs):
+        """[init + x @ y], one product for every init, under way together; y in shared memory, x there or in registers."""
+        if self.interpret is not None:
+            return [self.dot(pair, init=init) for init, pair in zip(inits, pairs, strict=True)]
+
+        def accumulate(accs):
+            for acc, (x, y) in zip(accs, pairs, strict=True):
+                plgpu.wgmma(acc, x, y)
+
+        return list(lax.optimization_barrier(pl.run_state(accumulate)([plgpu.ACC.init(init) for init in inits])))
+
     def _fresh(self, pairs, shape):
         def scoped(acc):
             for x, y in pairs:
@@ -114,12 +125,18 @@ def decay_rows(log_decay, reset, length, chunk):
         if reset is not None:
             g = jnp.where(reset[..., None], 0.0, g)  # what a reset drops needs no decay, and sums over it stay small
         g = jnp.pad(g, ((0, 0), (0, length - g.shape[1]), (0, 0))).swapaxes(1, 2).reshape(g.shape[0], g.shape[2], -1, chunk)
-        # Quadratic and one kernel, where a cumulative sum is several.
-        sums = jnp.sum(jnp.where(jnp.tri(chunk, dtype=bool), g[..., None, :], 0.0), axis=-1)
+        sums = cumulative_sums(g)
     rows = [sums]
     if reset is not None:
         rows.append(jnp.broadcast_to(starts_of(reset, length, chunk).astype(F32), sums.shape))
     return jnp.stack(rows, axis=3)
+
+
+def cumulative_sums(x, *, reverse=False):
+    """Over the last axis up to each number, or in reverse from each on: a matrix product, where XLA's cumulative sum is several
+    kernels and its sum of a masked square one that takes eight times as long."""
+    ones = jnp.tri(x.shape[-1], dtype=x.dtype)
+    return jnp.einsum("...j,ji->...i" if reverse else "...j,ij->...i", x, ones, precision=lax.Precision.HIGHEST)
 
 
 def starts_of(reset, length, chunk):
@@ -222,11 +239,66 @@ def walk_chunks(fetch, step, state, *, count, wg, wgs, full, empty):
     return lax.fori_loop(0, count, turn, state)
 
 
+def value_tiles(arrays, V, dtype):
+    """Memory and barriers for `over_values`: tiles of so many arrays for one or two blocks of 64 value channels."""
+    ahead = min(2, V // C)
+    return {
+        "tiles_s": [[swizzled((C, C), dtype)] * arrays] * ahead,
+        "full": plgpu.Barrier(num_arrivals=arrays, num_barriers=ahead),
+    }  # fmt: skip
+
+
+def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, between):
+    """Sums over the value channels of a chunk, 64 at a time with the copies of the next ones under way.
+
+    Args:
+      of_tokens, of_values: arrays [C, V], and [V, 64], of which the last two are the entering state and the cotangent of the
+        leaving one.
+      tiles_s, full: of `value_tiles`.
+      products: of the tiles of all arrays, pairs (x, y) whose products are summed.
+      common: None, or of 64 rows of the two states returns what is summed too.
+      between: called once the first copies are under way.
+
+    Returns:
+      the sums of the products, and that of `common`.
+    """
+    ahead = len(tiles_s)
+
+    def fetch(tile, slot):
+        values = pl.ds(tile * C, C)
+        refs = [ref.at[pl.ds(0, C), values] for ref in of_tokens] + [ref.at[values] for ref in of_values]
+        for ref, to in zip(refs, tiles_s[slot], strict=True):
+            plgpu.copy_gmem_to_smem(ref, to, full.at[slot])
+
+    for slot in range(ahead):
+        fetch(slot, slot)
+    between()
+
+    def turn(n, carried):
+        sums, shared = carried
+        for slot, (*_, h_s, dh_s) in enumerate(tiles_s):
+            plgpu.barrier_wait(full.at[slot])
+            if common is not None:
+                found = common(load(h_s).astype(F32), load(dh_s).astype(F32))
+                shared = found if shared is None else shared + found
+        for slot, tiles in enumerate(tiles_s):
+            pairs = products(*tiles)
+            sums = call.dots(sums or [plgpu.layout_cast(jnp.zeros((C, C), F32), WGMMA)] * len(pairs), *pairs)
+            plgpu.commit_smem()  # the tiles have been read before the copy engine fills them again
+            pl.when((n + 1) * ahead + slot < V // C)(lambda slot=slot: fetch((n + 1) * ahead + slot, slot))
+        return sums, shared
+
+    # The first ones before the loop: sums that are not there yet take no registers from what is common.
+    first = turn(jnp.int32(0), (None, None))
+    return first if ahead == V // C else lax.fori_loop(1, V // C // ahead, turn, first)
+
+
 def padded(x, unit):
     """x [B, T, ...] with zeros up to a multiple of `unit` tokens."""
     return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % unit), *[(0, 0)] * (x.ndim - 2)))
 
 
-def value_blocks(walks, V):
-    """Into how many blocks to split the value channels, so that there are enough walks for the chip."""
-    return 1 if V == C or walks >= SMS else V // C
+def warpgroups(walks, K, V):
+    """Of how many warpgroups, each with 64 value channels, a block of a walk is: two read its queries and keys once, one leaves
+    more blocks to fill the chip, and memory for more key channels."""
+    return 2 if K <= 128 and V % (2 * C) == 0 and walks * V // (2 * C) >= SMS else 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import FLOOR, LOG2E, ROWS, C, by_row, iota, starts_of
+from pallas_kernels.gpu import F32, FLOOR, LOG2E, ROWS, C, by_row, iota, starts_of
 
 
 class Levels:
@@ -23,10 +23,10 @@ class Levels:
 
     def _inside(self, low, high, dtype):
         """1 where low <= j <= high for column j, else 0, of numbers for every row."""
-        j = self.j.astype(dtype)
-        from_low = j - by_row((low - 1).astype(dtype), (C, C))
-        to_high = by_row((high + 1).astype(dtype), (C, C)) - j
-        return jnp.minimum(jnp.maximum(jnp.minimum(from_low, to_high), jnp.zeros((), dtype)), jnp.ones((), dtype))
+        middle, reach = 0.5 * (low + high).astype(F32), 0.5 * (high - low + 2).astype(F32)  # exact in 16 bits too
+        apart = jnp.abs(self.j.astype(dtype) - by_row(middle.astype(dtype), (C, C)))
+        inside = by_row(reach.astype(dtype), (C, C)) - apart  # a whole number
+        return jnp.minimum(jnp.maximum(inside, jnp.zeros((), dtype)), jnp.ones((), dtype))
 
     def right(self, s):
         return (self.i & s) != 0

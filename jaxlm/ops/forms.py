@@ -99,9 +99,6 @@ KERNELS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
     "diagonal_recurrence": ("Pallas kernel", _diagonal_declines),
 }
 
-# Kernels that compile, and agree with the recurrent form by Pallas' interpreter, and have to be asked for until they have run.
-UNTRIED = {("delta_rule", "gpu"), ("diagonal_recurrence", "gpu")}
-
 
 def choose(
     op: str,
@@ -146,8 +143,6 @@ def choose(
         here = kernels.target()
         call = Call(T, jnp.dtype(dtype), platform or here[0], chip or (here[1] if platform in (None, here[0]) else ""), **known)
         declined = declines(call)
-        if form == "auto" and not declined and (op, "gpu" if call.platform == "cuda" else call.platform) in UNTRIED:
-            declined = 'the Pallas kernel has not run on a chip yet; form="kernel" asks for it'
     if form == "kernel":
         if declined:
             raise ValueError(f'form="kernel" of {op} cannot run: {declined}; use form="auto"')

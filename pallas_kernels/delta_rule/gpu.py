@@ -7,18 +7,19 @@ decays between two tokens, and the state h that enters a chunk, its tokens leave
     r = R (v - before * (k h)),   R = (I + S beta)^-1,
 
 of which beta r is written: o = scale (before * (q h) + P beta r), h <- total h + (after * k)^T beta r, P_ij = E_ij (q_i k_j^T).
-The cotangent of what is written is
+With dh, the cotangent of the state that leaves,
 
-    mu = T^T (P^T do + (after * k) dh),   T = (I + beta S)^-1,
+    dv = R^T beta (P^T do + (after * k) dh),
 
-and then dv = beta mu, dbeta = sum_v mu r. Four kernels:
+and the loss knows beta from its products with the keys that are written alone: with w_j the cotangent of beta_j k_j there,
+dbeta_j = k_j w_j. Four kernels:
 
-- inverses: every chunk on its own, R and for training T = I - beta R S. The inverse doubles its blocks: with X that of the
-  blocks of s tokens and A_s the part of A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s.
+- inverses: every chunk on its own, R. The inverse doubles its blocks: with X that of the blocks of s tokens and A_s the part of
+  A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s.
 - forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u, r
   and what is written, which enter the next product from there. For training it also writes h and r of every chunk.
-- backward, states: the same walk in reverse with the cotangent of the state, for mu and dh of every chunk.
-- backward: every chunk and 64 of its key channels on its own, for dq, dk, dv, dbeta and the flow of the decays.
+- backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk.
+- backward: every chunk and 64 of its key channels on its own, for dq, dk, dbeta and the flow of the decays.
 """
 
 from __future__ import annotations
@@ -41,18 +42,21 @@ from pallas_kernels.gpu import (
     Call,
     by_column,
     by_row,
+    cumulative_sums,
     decay_rows,
     declines,
     iota,
     load,
+    over_values,
     padded,
     product_after,
     product_before,
     product_total,
     swizzled,
     times,
-    value_blocks,
+    value_tiles,
     walk_chunks,
+    warpgroups,
     weights_between,
 )
 from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
@@ -65,8 +69,8 @@ SAVED_AXES = (("batch", None, "heads", None, None),) * 4
 FEWEST = 8  # chunks of a segment of time
 
 
-def _inverses(call, beta, *, both, k=None, rows=None, scores=None):
-    """R, and T if both, [B, N, H, C, C] bfloat16.
+def _inverses(call, beta, *, k=None, rows=None, scores=None):
+    """R [B, N, H, C, C] bfloat16.
 
     In float16, whose errors are those of bfloat16 by 8: where beta |k|^2 <= 2, as it must be lest states explode, entries of R
     are at most 2, and what float16 cannot hold becomes infinite.
@@ -78,41 +82,38 @@ def _inverses(call, beta, *, both, k=None, rows=None, scores=None):
     """
     B, H, N, _ = beta.shape
     dtype = jnp.bfloat16
-    out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), dtype)] * (1 + both)
-    scratch = {name: swizzled((C, C), jnp.float16) for name in ("scores_s", "a_s", "x_s", "y_s")}
-    # R and T take the place of the keys.
+    out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), dtype)]
+    scratch = {name: swizzled((C, C), jnp.float16) for name in ("a_s", "x_s", "y_s")}
+    # R takes the place of the keys.
     scratch["k_s"] = [swizzled((C, C), dtype)] * (1 if k is None else k.shape[-1] // C)
-    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_rows_s", "beta_columns_s")}
+    scratch["beta_s"] = plgpu.SMEM((C,), F32)
     operands = [beta, scores if k is None else k]
     if rows is not None:
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
-    scratch["full"] = plgpu.Barrier(num_arrivals=2 + len(scratch["k_s"]) + 2 * (rows is not None))
+    scratch["full"] = plgpu.Barrier(num_arrivals=1 + len(scratch["k_s"]) + 2 * (rows is not None))
 
-    def body(beta_ref, of_ref, *refs, scores_s, a_s, x_s, y_s, k_s, beta_rows_s, beta_columns_s, full, rows_s=None,
-             columns_s=None):
+    def body(beta_ref, of_ref, *refs, a_s, x_s, y_s, k_s, beta_s, full, rows_s=None, columns_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
         if k is None:
-            plgpu.copy_gmem_to_smem(of_ref.at[b, n, h], scores_s, full)
+            plgpu.copy_gmem_to_smem(of_ref.at[b, n, h], a_s, full)
         else:
             for tile, to in enumerate(k_s):
                 plgpu.copy_gmem_to_smem(of_ref.at[b, pl.ds(n * C, C), h, pl.ds(tile * C, C)], to, full)
-        for to in (beta_rows_s, beta_columns_s):
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], to, full)
+        plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], beta_s, full)
         if rows is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(rows_ref.at[b, h if rows.shape[1] > 1 else 0, n], to, full)
         plgpu.barrier_wait(full)
         i, j = iota((C, C), 0), iota((C, C), 1)
         if k is None:
-            S = load(scores_s).astype(F32)
+            S = load(a_s).astype(F32)
         else:
             S = times(call.dot(*((x, x.T) for x in k_s)), weights_between((C, C), rows_s, columns_s, 0, 0))
             S = jnp.where(i > j, S, 0.0)
-            scores_s[...] = S.astype(jnp.float16)
-        A = S * by_column(load(beta_columns_s, COLS), (C, C))
+        A = S * by_column(load(beta_s, COLS), (C, C))
         a_s[...] = A.astype(jnp.float16)
         start = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -A, 0.0))
 
@@ -121,29 +122,20 @@ def _inverses(call, beta, *, both, k=None, rows=None, scores=None):
             x_s[...] = inverse.astype(jnp.float16)
             plgpu.commit_smem()
             half = call.dot((a_s, x_s))
-            # X holds blocks of `size` tokens alone, so masking A's product with it masks A.
-            half = jnp.where((((i ^ j) & -size) == size) & (i > j), half, 0.0)
+            # X holds blocks of `size` tokens alone, so masking A's product with it masks A. Above the diagonal it is 0.
+            half = jnp.where(((i ^ j) & -size) == size, half, 0.0)
             y_s[...] = half.astype(jnp.float16)
             plgpu.commit_smem()
             return inverse - call.dot((x_s, y_s))
 
         inverse = lax.fori_loop(1, LEVELS, level, start)
-
-        def send(x, out_s, ref):
-            out_s[...] = x.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s, ref)
-
-        x_s[...] = inverse.astype(jnp.float16)
-        send(inverse, k_s[0], refs[0].at[b, n, h])
-        if both:
-            product = call.dot((x_s, scores_s)) * by_row(load(beta_rows_s, ROWS), (C, C))
-            if len(k_s) == 1:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            send(jnp.where(i == j, 1.0, 0.0) - product, k_s[-1], refs[1].at[b, n, h])
+        k_s[0][...] = inverse.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(k_s[0], refs[0].at[b, n, h])
         plgpu.wait_smem_to_gmem(0)
 
-    return call(body, "delta_rule_inverses", {"h": H, "n": N, "b": B}, operands, out_type, scratch, 1)
+    [inverse] = call(body, "delta_rule_inverses", {"h": H, "n": N, "b": B}, operands, out_type, scratch, 1)
+    return inverse
 
 
 def _prepare_channels(call, q, k, g, start, *, scale, keys):
@@ -247,6 +239,13 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
     return q_read, k_read, channels[:3], channels[3] if keys else None
 
 
+def _stages(K, wgs, channels):
+    """For how many chunks a walk has memory."""
+    if K > 2 * C:
+        return 2 if channels is None else 1
+    return 2 if wgs > 1 or channels is not None else 3
+
+
 def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=None, channels=None):
     """Outputs, the states that leave the segments [B, S, H, V, K] and, if saved, the states that enter the chunks
     [B, N, H, V, K] and their r [B, N, H, V, C] in v's dtype.
@@ -265,11 +264,11 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
     maps = isinstance(states, int)
     segments = states if maps else states.shape[1]
     each = -(-N // segments)
-    wgs = V // C if segments > 1 else V // value_blocks(B * H, V) // C
-    if maps and K % V:
+    wgs = warpgroups(B * H * segments, K, V)
+    if maps and K % (wgs * C):
         wgs = 1  # no block has rows of both
     blocks = (V + K if maps else V) // C // wgs
-    stages = 2 if wgs > 1 or channels is not None else 3
+    stages = _stages(K, wgs, channels)
     scratch = {
         "k_s": swizzled((stages, C, K), dtype), "v_s": swizzled((stages, wgs, C, C), dtype),
         "inverse_s": swizzled((stages, C, C), dtype), "beta_s": plgpu.SMEM((stages, C), F32),
@@ -344,6 +343,9 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
             if not maps:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 h_s.at[wg][...] = low
+                if K > 2 * C:  # registers are short
+                    plgpu.commit_smem()
+                    low = h_s.at[wg]
             read = call.dot((low, k_c.T))
             if rows is not None:
                 read = read * by_column(product_before(of_column, COLS), (C, C))
@@ -404,11 +406,11 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
 
 
 def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, channels=None):
-    """The cotangents of the states that enter the segments [B, S, H, V, K], mu of every chunk [B, N, H, V, C] and the
-    cotangents of the states that leave the chunks [B, N, H, V, K], both in q's dtype.
+    """The cotangents of the states that enter the segments [B, S, H, V, K], dv [B, T, H, V] and the cotangents of the states
+    that leave the chunks [B, N, H, V, K], both in q's dtype.
 
     Args:
-      do: [B, T, H, V]; inverse: T.
+      do: [B, T, H, V]; inverse: R.
       states: [B, S, H, V, K] float32, the cotangents of the states that leave segments; or S, for only what each adds.
       beta, rows, channels: as for `_forward_walk`.
     """
@@ -419,8 +421,8 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, c
     alone = isinstance(states, int)
     segments = states if alone else states.shape[1]
     each = -(-N // segments)
-    wgs = V // C if segments > 1 else V // value_blocks(B * H, V) // C
-    stages = 2 if wgs > 1 or channels is not None else 3
+    wgs = warpgroups(B * H * segments, K, V)
+    stages = _stages(K, wgs, channels)
     scratch = {
         "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
         "do_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
@@ -444,11 +446,11 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, c
     out_type = [shape((B, segments, H, V, K), F32)]
     if not alone:
         operands.append(states)
-        out_type += [shape((B, N, H, V, C), dtype), shape((B, N, H, V, K), dtype)]
-        scratch |= {"dh_s": swizzled((wgs, C, K), dtype), "mu_s": swizzled((wgs, C, C), dtype)}
+        out_type += [shape(do.shape, dtype), shape((B, N, H, V, K), dtype)]
+        scratch |= {"dh_s": swizzled((wgs, C, K), dtype), "dv_s": swizzled((wgs, C, C), dtype)}
 
     def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, *refs, q_s, k_s, do_s, inverse_s, beta_s, p_s, full, empty, done,
-             dh_s=None, mu_s=None, rows_s=None, columns_s=None, k_write_s=None, total_s=None):
+             dh_s=None, dv_s=None, rows_s=None, columns_s=None, k_write_s=None, total_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         k_write_ref, p_ref, total_ref = (refs.pop(0) for _ in range(3)) if channels is not None else (None,) * 3
@@ -495,17 +497,20 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, c
             plgpu.commit_smem()
             if not alone:
                 plgpu.copy_smem_to_gmem(dh_s.at[wg], refs[1].at[b, at, h, mine])
+                if K > 2 * C:  # registers are short
+                    low = dh_s.at[wg]
             d_written = call.dot((low, k_write.T))
             if rows is not None:
                 d_written = d_written * by_column(product_after(of_column, COLS), (C, C))
             do_c = load(do_s.at[slot, wg].T)
             d_written = call.dot((do_c, scores_s), init=d_written)
-            mu = call.dot((d_written.astype(dtype), inverse_s.at[slot]))
+            d_written = d_written * by_column(load(beta_s.at[slot], COLS), (C, C))
+            dv = call.dot((d_written.astype(dtype), inverse_s.at[slot]))
             if not alone:
-                mu_s.at[wg][...] = mu.astype(dtype)
+                dv_s.at[wg].T[...] = dv.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(mu_s.at[wg], refs[0].at[b, at, h, mine])
-            d_read = mu * by_column(-load(beta_s.at[slot], COLS), (C, C))
+                plgpu.copy_smem_to_gmem(dv_s.at[wg], refs[0].at[b, pl.ds(at * C, C), h, mine])
+            d_read = -dv
             d_out = do_c if channels is not None else do_c.astype(F32) * scale
             if rows is not None:
                 before = by_column(product_before(of_column, COLS), (C, C))
@@ -538,7 +543,7 @@ def _segments(walks, V, chunks):
     """Segments of time, so many that walks with few heads fill the chip. They double the work."""
     if 2 * walks * (V // C) > gpu.SMS:
         return 1
-    most = max(1, min(gpu.SMS // walks, chunks // FEWEST))
+    most = max(1, min(gpu.SMS // (walks * max(1, V // (2 * C))), chunks // FEWEST))
     return -(-chunks // -(-chunks // most))  # none is empty
 
 
@@ -552,245 +557,212 @@ def _entering(added, maps, state, *, reverse=False):
     return jnp.stack([entering[s] for s in order], axis=1)
 
 
-def _send_values(part, tiles, V, mu_s, r_s, beta_rows, out_s, sums_s, dv_ref, dbeta_ref):
-    """dv and dbeta of a chunk, shared out among the tiles of its key channels."""
-    for start in range(0, V, C):
-        @pl.when(part == start // C % tiles)
-        def _(start=start):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_s[...] = (load(mu_s.at[pl.ds(start, C)].T).astype(F32) * beta_rows).astype(out_s.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s, dv_ref.at[pl.ds(0, C), pl.ds(start, C)])
-
-    @pl.when(part == 0)
-    def _():
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        dbeta = 0.0
-        for start in range(0, V, C):
-            values = pl.ds(start, C)
-            dbeta = dbeta + jnp.sum(load(mu_s.at[values].T).astype(F32) * load(r_s.at[values].T).astype(F32), axis=1)
-        sums_s[...] = dbeta
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums_s, dbeta_ref)
-    plgpu.wait_smem_to_gmem(0)
+def _products(do_s, dv_s, r_s, h_s, dh_s):
+    """Summed over values: cotangents of the scores of pairs, of queries and of keys as readers, and what queries, reading keys
+    and written keys have from the states."""
+    return (do_s, r_s), (dv_s, r_s), (do_s, h_s), (dv_s, h_s), (r_s.T, dh_s)
 
 
-def _gradients(call, q, k, do, beta, rows, h, r, mu, dh, *, scale):
+def _gradients(call, q, k, do, beta, rows, h, r, dv, dh, *, scale):
     """Gradients of every chunk, by 64 of its key channels.
 
     Args:
-      q, k: [B, T, H, K]; do: [B, T, H, V]; beta: [B, H, N, C]; rows: of `decay_rows`.
-      h, dh: [B, N, H, V, K], the states that enter and the cotangents of those that leave; r, mu: [B, N, H, V, C].
+      q, k: [B, T, H, K]; do, dv: [B, T, H, V]; beta: [B, H, N, C]; rows: of `decay_rows`.
+      h, dh: [B, N, H, V, K], the states that enter and the cotangents of those that leave; r: [B, N, H, V, C].
 
     Returns:
-      dq, dk, dv; dbeta [B, H, N, C]; with rows also, [B, H, N, K / C, C], the flow of the decays, and numbers whose sum is what
-      the leaving state and its cotangent have in common.
+      dq, dk; numbers [B, H, N, K / C, C] whose sums are dbeta; with rows also, likewise, the flow of the decays, and numbers
+      whose sum is what the leaving state and its cotangent have in common.
     """
     B, T, H, K = q.shape
     V = do.shape[-1]
     N, tiles = T // C, K // C
     dtype = q.dtype
-    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s", "d_pairs_s")}
-    scratch |= {"do_s": swizzled((C, V), dtype)} | {name: swizzled((V, C), dtype) for name in ("r_s", "mu_s", "h_s", "dh_s")}
-    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_rows_s", "beta_columns_s", "sums_s", "common_s")}
-    scratch["full"] = plgpu.Barrier(num_arrivals=9 if rows is None else 11)
-    operands = [q, k, do, beta, h, r, mu, dh]
+    names = ("dbeta_s", "flow_s", "common_s")[: 1 if rows is None else 3]
+    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(5, V, dtype)
+    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_s", *names)}
+    scratch["ready"] = plgpu.Barrier(num_arrivals=3 if rows is None else 5)
+    operands = [q, k, do, dv, beta, h, r, dh]
     shape = jax.ShapeDtypeStruct
-    out_type = [shape(x.shape, dtype) for x in (q, k, do)] + [shape((B, H, N, C), F32)]
+    out_type = [shape(x.shape, dtype) for x in (q, k)] + [shape((B, H, N, tiles, C), F32)] * len(names)
     if rows is not None:
         operands.append(rows)
-        out_type += [shape((B, H, N, tiles, C), F32)] * 2
         scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, h_ref, r_ref, mu_ref, dh_ref, *refs, q_s, k_s, d_pairs_s, do_s, r_s, mu_s,
-             h_s, dh_s, beta_rows_s, beta_columns_s, sums_s, common_s, full, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, do_ref, dv_ref, beta_ref, h_ref, r_ref, dh_ref, *refs, q_s, k_s, tiles_s, beta_s, dbeta_s, full,
+             ready, flow_s=None, common_s=None, rows_s=None, columns_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
-        dq_ref, dk_ref, dv_ref, dbeta_ref, *refs = refs
+        dq_ref, dk_ref, *refs = refs
         hd, part = lax.div(lax.axis_index("h"), tiles), lax.rem(lax.axis_index("h"), tiles)
         n, b = lax.axis_index("n"), lax.axis_index("b")
         tokens, keys = pl.ds(n * C, C), pl.ds(part * C, C)
-        plgpu.copy_gmem_to_smem(do_ref.at[b, tokens, hd], do_s, full)
-        for ref, to in ((r_ref, r_s), (mu_ref, mu_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, n, hd], to, full)
-        for ref, to in ((q_ref, q_s), (k_ref, k_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, full)
-        for ref, to in ((h_ref, h_s), (dh_ref, dh_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, n, hd, pl.ds(0, V), keys], to, full)
-        for to in (beta_rows_s, beta_columns_s):
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], to, full)
-        if rows is not None:
-            for to in (rows_s, columns_s):
-                plgpu.copy_gmem_to_smem(rows_ref.at[b, hd if rows.shape[1] > 1 else 0, n], to, full)
-        plgpu.barrier_wait(full)
 
+        def fetch():
+            for ref, to in ((q_ref, q_s), (k_ref, k_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, ready)
+            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], beta_s, ready)
+            if rows is not None:
+                for to in (rows_s, columns_s):
+                    plgpu.copy_gmem_to_smem(rows_ref.at[b, hd if rows.shape[1] > 1 else 0, n], to, ready)
+
+        refs_of_tokens = [ref.at[b, tokens, hd] for ref in (do_ref, dv_ref)]
+        refs_of_values = [r_ref.at[b, n, hd], *(ref.at[b, n, hd, pl.ds(0, V), keys] for ref in (h_ref, dh_ref))]
+        common = None if rows is None else lambda h, dh: jnp.sum(h * dh, axis=1)
+        [pairs, key_pairs, dq, dk_read, d_written], shared = over_values(
+            call, V, refs_of_tokens, refs_of_values, tiles_s, full, _products, common, fetch
+        )
+        plgpu.barrier_wait(ready)
+        kb_s, pairs_s, key_pairs_s, *_ = tiles_s[0]  # which are free now
         weights = weights_between((C, C), rows_s, columns_s, 0, 0)
-        weights = weights * by_column(load(beta_columns_s, COLS), (C, C))
-        beta_rows = by_row(load(beta_rows_s, ROWS), (C, C))
-        before = 1.0 if rows is None else by_row(product_before(rows_s, ROWS), (C, C))
-        d_pairs_s[...] = (call.dot((do_s, r_s)) * weights * scale).astype(dtype)  # of queries and keys
+        beta_rows = by_row(load(beta_s, ROWS), (C, C))
+        k_c = load(k_s).astype(F32)
+        kb = (k_c * beta_rows).astype(dtype)  # keys as they are written
+        kb_s[...] = kb
+        kb = kb.astype(F32)
+        pairs_s[...] = (pairs * weights * scale).astype(dtype)
+        key_pairs_s[...] = (key_pairs * -jnp.where(iota((C, C), 0) > iota((C, C), 1), weights, 0.0)).astype(dtype)
         plgpu.commit_smem()
-        dq = call.dot((do_s, h_s)) * (before * scale)
-        dq = call.dot((d_pairs_s, k_s), init=dq)
-        dk_written = call.dot((r_s.T, dh_s)) * beta_rows
+        before = 1.0 if rows is None else by_row(product_before(rows_s, ROWS), (C, C))
+        dq = call.dot((pairs_s, kb_s), init=dq * (before * scale))
         if rows is not None:
-            dk_written = dk_written * by_row(product_after(rows_s, ROWS), (C, C))
+            d_written = d_written * by_row(product_after(rows_s, ROWS), (C, C))
+            common_s[...] = jnp.sum(d_written * kb, axis=1) + product_total(columns_s) * shared
             flow = jnp.sum(dq * load(q_s).astype(F32), axis=1)
-            common = jnp.sum(dk_written * load(k_s).astype(F32), axis=1)
-            for start in range(0, V, C):
-                values = pl.ds(start, C)
-                both = load(h_s.at[values]).astype(F32) * load(dh_s.at[values]).astype(F32)
-                common = common + product_total(columns_s) * jnp.sum(both, axis=1)
-            common_s[...] = common
-        dk_written = call.dot((d_pairs_s.T, q_s), init=dk_written)
-        d_keys = call.dot((mu_s.T, r_s)) * jnp.where(iota((C, C), 0) > iota((C, C), 1), weights, 0.0) * -beta_rows
+        d_written = call.dot((pairs_s.T, q_s), (key_pairs_s.T, k_s), init=d_written)
+        dk_read = call.dot((key_pairs_s, kb_s), init=dk_read * -before)
+        dbeta_s[...] = jnp.sum(d_written * k_c, axis=1)
+        if rows is not None:
+            # Of the products as they were rounded: what cancels has to be the same numbers.
+            flow_s[...] = flow + jnp.sum(dk_read * k_c - d_written * kb, axis=1)
         q_s[...] = dq.astype(dtype)
-        d_pairs_s[...] = d_keys.astype(dtype)  # of keys and keys
+        k_s[...] = (dk_read + d_written * beta_rows).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, keys])
-        dk_read = call.dot((mu_s.T, h_s)) * (before * -beta_rows)
-        dk_read = call.dot((d_pairs_s, k_s), init=dk_read)
-        dk_written = call.dot((d_pairs_s.T, k_s), init=dk_written)
-        if rows is not None:
-            sums_s[...] = flow + jnp.sum((dk_read - dk_written) * load(k_s).astype(F32), axis=1)
-        k_s[...] = (dk_read + dk_written).astype(dtype)
-        plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, keys])
-        if rows is not None:
-            for ref, x in zip(refs, (sums_s, common_s), strict=True):
-                plgpu.copy_smem_to_gmem(x, ref.at[b, hd, n, part])
-
-        _send_values(part, tiles, V, mu_s, r_s, beta_rows, d_pairs_s, sums_s, dv_ref.at[b, tokens, hd], dbeta_ref.at[b, hd, n])
+        for ref, x in zip(refs, (dbeta_s, flow_s, common_s), strict=False):
+            plgpu.copy_smem_to_gmem(x, ref.at[b, hd, n, part])
+        plgpu.wait_smem_to_gmem(0)
 
     grid = {"h": H * tiles, "n": N, "b": B}
     return call(body, "delta_rule_backward", grid, operands, out_type, scratch, 1)
 
 
-def _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, *, scale):
+def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
     """Gradients of every chunk, by 64 of its key channels, for a decay of every channel.
 
     Args:
-      q, k: [B, T, H, K]; do: [B, T, H, V]; beta: [B, H, N, C]; g, start: of `channels_of`; h, r, mu, dh: as for `_gradients`.
+      q, k: [B, T, H, K]; do, dv: [B, T, H, V]; beta: [B, H, N, C]; g, start: of `channels_of`; h, r, dh: as for `_gradients`.
 
     Returns:
-      dq, dk, dv; dbeta [B, H, N, C]; and dg [B, T, H, K] float32.
+      dq, dk; numbers [B, H, N, K / C, C] whose sums are dbeta; and dg [B, T, H, K] float32.
     """
     B, T, H, K = q.shape
     V = do.shape[-1]
     N, tiles = T // C, K // C
     dtype = q.dtype
-    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")}
-    scratch |= {"do_s": swizzled((C, V), dtype)} | {name: swizzled((V, C), dtype) for name in ("r_s", "mu_s")}
-    # Tiles for the levels, and after those the states.
-    scratch |= {name: swizzled((max(V, 2 * C), C), dtype) for name in ("h_s", "dh_s")}
-    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_rows_s", "beta_columns_s", "dbeta_s")}
-    scratch |= {
-        "sum_s": swizzled((C, C), jnp.float16), "full": plgpu.Barrier(num_arrivals=7 + 2 * (start is not None)),
-        "fetched": plgpu.Barrier(num_arrivals=2),
-    }  # fmt: skip
-    operands = [q, k, do, beta, g, h, r, mu, dh]
+    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(5, V, dtype)
+    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_s", "dbeta_s", "common_s")}
+    scratch |= {"sum_s": swizzled((C, C), jnp.float16), "ready": plgpu.Barrier(num_arrivals=3 + 2 * (start is not None))}
+    operands = [q, k, do, dv, beta, g, h, r, dh]
     shape = jax.ShapeDtypeStruct
-    out_type = [shape(x.shape, dtype) for x in (q, k, do)] + [shape((B, H, N, C), F32), shape(g.shape, F32)]
+    out_type = [shape(x.shape, dtype) for x in (q, k)] + [shape((B, H, N, tiles, C), F32), shape(g.shape, F32)]
     if start is not None:
         operands.append(start)
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, g_ref, h_ref, r_ref, mu_ref, dh_ref, *refs, q_s, k_s, do_s, r_s, mu_s, h_s, dh_s,
-             sum_s, beta_rows_s, beta_columns_s, dbeta_s, full, fetched, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, do_ref, dv_ref, beta_ref, g_ref, h_ref, r_ref, dh_ref, *refs, q_s, k_s, tiles_s, sum_s, beta_s,
+             dbeta_s, common_s, full, ready, rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
-        dq_ref, dk_ref, dv_ref, dbeta_ref, dg_ref = refs
+        dq_ref, dk_ref, dbeta_ref, dg_ref = refs
         hd, part = lax.div(lax.axis_index("h"), tiles), lax.rem(lax.axis_index("h"), tiles)
         n, b = lax.axis_index("n"), lax.axis_index("b")
         tokens, keys = pl.ds(n * C, C), pl.ds(part * C, C)
-        states = [x.at[pl.ds(0, V)] for x in (h_s, dh_s)]
-        plgpu.copy_gmem_to_smem(do_ref.at[b, tokens, hd], do_s, full)
-        for ref, to in ((r_ref, r_s), (mu_ref, mu_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, n, hd], to, full)
-        for ref, to in ((q_ref, q_s), (k_ref, k_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, full)
 
-        def fetch_states():
-            for ref, to in zip((h_ref, dh_ref), states, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[b, n, hd, pl.ds(0, V), keys], to, fetched)
+        def fetch():
+            for ref, to in ((q_ref, q_s), (k_ref, k_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, ready)
+            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], beta_s, ready)
+            if start is not None:
+                for to in (rows_s, columns_s):
+                    plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, ready)
 
-        for to in (beta_rows_s, beta_columns_s):
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], to, full)
-        if start is not None:
-            for to in (rows_s, columns_s):
-                plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        levels = Levels(call, dtype)
-        i, j = levels.i, levels.j
+        refs_of_tokens = [ref.at[b, tokens, hd] for ref in (do_ref, dv_ref)]
+        refs_of_values = [r_ref.at[b, n, hd], *(ref.at[b, n, hd, pl.ds(0, V), keys] for ref in (h_ref, dh_ref))]
         g_c = powers(plgpu.load(g_ref.at[b, tokens, hd, keys], layout=WGMMA, optimized=False))
         sum_s[...] = g_c.astype(jnp.float16)
         total = jnp.exp2(jnp.sum(g_c, axis=0))
-        plgpu.commit_smem()
-        plgpu.barrier_wait(full)
-        beta_rows = by_row(load(beta_rows_s, ROWS), (C, C))
-        starts = together = None
+        [pairs, key_pairs, dq, dk_read, d_written], shared = over_values(
+            call, V, refs_of_tokens, refs_of_values, tiles_s, full, _products, lambda h, dh: jnp.sum(h * dh, axis=0), fetch
+        )
+        plgpu.barrier_wait(ready)
+        levels = Levels(call, dtype)
+        i, j = levels.i, levels.j
+        z_s, z_keys_s, kb_s, pairs_s, key_pairs_s = tiles_s[0]  # which are free now
+        beta_rows = by_row(load(beta_s, ROWS), (C, C))
+        kb_s[...] = (load(k_s).astype(F32) * beta_rows).astype(dtype)  # keys as they are written
+        starts = None
+        pairs = jnp.where(i >= j, pairs, 0.0) * scale
+        key_pairs = jnp.where(i > j, -key_pairs, 0.0)
         if start is not None:
             starts = by_row(load(rows_s, ROWS), (C, C))
             together = starts == by_column(load(columns_s, COLS), (C, C))
-        # Rows are the later or the earlier token of a pair: the cotangents of its scores, either way round.
-        z_s, z_keys_s, pairs_s, key_pairs_s = (x.at[pl.ds(at, C)] for x in (h_s, dh_s) for at in (0, C))
-        beta_columns = by_column(load(beta_columns_s, COLS), (C, C))
-        pairs = jnp.where(i >= j, call.dot((do_s, r_s)) * beta_columns, call.dot((r_s.T, do_s.T)) * beta_rows) * scale
-        pairs = pairs if together is None else jnp.where(together, pairs, 0.0)
-        pairs_s[...] = pairs.astype(dtype)
+            pairs, key_pairs = (jnp.where(together, x, 0.0) for x in (pairs, key_pairs))
         own = by_row(jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1), (C, C))
-        # Keys are written, and read as queries are.
-        dq, dk_written = own * load(k_s).astype(F32), own * load(q_s).astype(F32)
-        key_pairs = jnp.where(i > j, call.dot((mu_s.T, r_s)), call.dot((r_s.T, mu_s))) * (-beta_rows * beta_columns)
-        key_pairs = key_pairs if together is None else jnp.where(together, key_pairs, 0.0)
-        key_pairs_s[...] = key_pairs.astype(dtype)
-
-        def level(n, gradients):
-            dq, dk_read, dk_written = gradients
-            size = jnp.int32(1) << n
-            right, partners = levels.right(size), levels.partners(size)
-            [factor] = levels.factors([sum_s], size)
-            k_c = load(k_s)
-            z_s[...] = levels.mixed(factor, size, load(q_s), k_c)
-            z_keys_s[...] = k_c * factor.astype(dtype)
+        # Rows are the later or the earlier token of a pair: the cotangents of its scores, either way round.
+        for x, x_s in ((jnp.where(i > j, pairs, 0.0), pairs_s), (key_pairs, key_pairs_s)):
+            low = x.astype(dtype)
+            z_s[...] = low
+            z_keys_s.T[...] = low
             plgpu.commit_smem()
-            d_mixed = factor * call.dot((load(pairs_s) * partners, z_s))
-            dq, dk_written = jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk_written, dk_written + d_mixed)
-            d_keys = factor * call.dot((load(key_pairs_s) * partners, z_keys_s))
-            return dq, jnp.where(right, dk_read + d_keys, dk_read), jnp.where(right, dk_written, dk_written + d_keys)
-
-        dq, dk_read, dk_written = lax.fori_loop(0, LEVELS, level, (dq, jnp.zeros_like(dq), dk_written))
-        plgpu.commit_smem()
-        fetch_states()
+            x_s[...] = load(z_s) + load(z_keys_s)  # one of the two is 0
+            plgpu.commit_smem()
         [before], [after] = levels.before([sum_s]), levels.after([sum_s])
         if start is not None:
             before = jnp.where(starts < 0, before, 0.0)
             after = jnp.where(starts == rows_s[C - 1], after, 0.0)
             total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
-        plgpu.barrier_wait(fetched)
-        h_c, dh_c = states
-        dq = dq + before * scale * call.dot((do_s, h_c))
-        dk_read = dk_read - before * beta_rows * call.dot((mu_s.T, h_c))
-        dk_later = after * beta_rows * call.dot((r_s.T, dh_c))
-        dk_written = dk_written + dk_later
+        # Keys are written, and read as queries are.
+        d_written = d_written * after
         # What the leaving state and its cotangent have in common.
-        common = jnp.sum(dk_later * load(k_s).astype(F32), axis=0)
-        for value in range(0, V, C):
-            values = pl.ds(value, C)
-            common = common + total * jnp.sum(load(h_s.at[values]).astype(F32) * load(dh_s.at[values]).astype(F32), axis=0)
+        common_s[...] = jnp.sum(d_written * load(kb_s).astype(F32), axis=0) + total * shared
+        dq = dq * (before * scale) + own * load(kb_s).astype(F32)
+        dk_read = dk_read * -before
+        d_written = d_written + own * load(q_s).astype(F32)
+
+        def level(n, gradients):
+            dq, dk_read, d_written = gradients
+            size = jnp.int32(1) << n
+            right, partners = levels.right(size), levels.partners(size)
+            [factor] = levels.factors([sum_s], size)
+            k_c, kb_c = load(k_s), load(kb_s)
+            z_s[...] = levels.mixed(factor, size, load(q_s), kb_c)
+            z_keys_s[...] = levels.mixed(factor, size, k_c, kb_c)
+            plgpu.commit_smem()
+            d_mixed = factor * call.dot((load(pairs_s) * partners, z_s))
+            dq, d_written = jnp.where(right, dq + d_mixed, dq), jnp.where(right, d_written, d_written + d_mixed)
+            d_keys = factor * call.dot((load(key_pairs_s) * partners, z_keys_s))
+            return dq, jnp.where(right, dk_read + d_keys, dk_read), jnp.where(right, d_written, d_written + d_keys)
+
+        dq, dk_read, d_written = lax.fori_loop(0, LEVELS, level, (dq, dk_read, d_written))
+        k_c = load(k_s).astype(F32)
+        dbeta_s[...] = jnp.sum(d_written * k_c, axis=1)
         # Sums of the flow over the tokens from each on.
-        flow = load(q_s).astype(F32) * dq + load(k_s).astype(F32) * (dk_read - dk_written)
+        flow = load(q_s).astype(F32) * dq + k_c * dk_read - load(kb_s).astype(F32) * d_written
+        plgpu.commit_smem()
         z_s[...] = flow.astype(dtype)
         q_s[...] = dq.astype(dtype)
-        k_s[...] = (dk_read + dk_written).astype(dtype)
+        k_s[...] = (dk_read + d_written * beta_rows).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, keys])
         plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, keys])
-        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(common, (C, C))
+        plgpu.copy_smem_to_gmem(dbeta_s, dbeta_ref.at[b, hd, n, part])
+        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(load(common_s, COLS), (C, C))
         if start is not None:
             dg = jnp.where(starts == i.astype(F32), 0.0, dg)
         dg_ref.at[b, tokens, hd, keys][...] = dg
-        plgpu.commit_smem()
-        _send_values(part, tiles, V, mu_s, r_s, beta_rows, z_s, dbeta_s, dv_ref.at[b, tokens, hd], dbeta_ref.at[b, hd, n])
+        plgpu.wait_smem_to_gmem(0)
 
     grid = {"h": H * tiles, "n": N, "b": B}
     return call(body, "delta_rule_channels_backward", grid, operands, out_type, scratch, 1)
@@ -824,11 +796,11 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
     if log_decay is not None and log_decay.shape[-1] > 1:
         gates = channels_of(log_decay, reset, q.shape[1])
         q, k, channels, scores = _prepare_channels(call, q, k, *gates, scale=scale, keys=True)
-        inverse, *transposed = _inverses(call, beta, both=save, scores=scores)
+        inverse = _inverses(call, beta, scores=scores)
         walk = partial(_forward_walk, call, q, k, v, beta, inverse, channels=channels, scale=scale)
     else:
         rows = decay_rows(log_decay, reset, q.shape[1], C)
-        inverse, *transposed = _inverses(call, beta, both=save, k=k, rows=rows)
+        inverse = _inverses(call, beta, k=k, rows=rows)
         walk = partial(_forward_walk, call, q, k, v, beta, inverse, rows=rows, scale=scale)
     state = jnp.swapaxes(state, -1, -2)
     B, H, V, K = state.shape
@@ -839,7 +811,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
         added, maps = both[..., :V, :], both[..., V:, :]
         states = _entering(added, maps, state)
     final, o, *saved = walk(states, save=save)
-    return o[:, :length], jnp.swapaxes(final[:, -1], -1, -2), (*saved, maps, *transposed) if save else None
+    return o[:, :length], jnp.swapaxes(final[:, -1], -1, -2), (*saved, maps, inverse) if save else None
 
 
 def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -864,28 +836,26 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
         if maps.shape[1]:
             [added] = walk(maps.shape[1])
             d_states = _entering(added, jnp.swapaxes(maps, -1, -2), d_state, reverse=True)
-        d_states, mu, dh = walk(d_states)
-        return jnp.swapaxes(d_states[:, 0], -1, -2), mu, dh
-
-    if log_decay is not None and log_decay.shape[-1] > 1:
-        g, start = channels_of(log_decay, reset, q.shape[1])
-        q_read, k_read, channels, _ = _prepare_channels(call, q, k, g, start, scale=scale, keys=False)
-        d_state, mu, dh = walked(q_read, k_read, channels=channels)
-        dq, dk, dv, dbeta, dg = _gradients_channels(call, q, k, do, beta, g, start, h, r, mu, dh, scale=scale)
-        dbeta = dbeta.reshape(*dbeta.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]
-        return *(x[:, :length] for x in (dq, dk, dv)), dbeta, dg[:, :length], d_state
-    rows = decay_rows(log_decay, reset, q.shape[1], C)
-    d_state, mu, dh = walked(q, k, rows=rows)
-    dq, dk, dv, dbeta, *sums = _gradients(call, q, k, do, beta, rows, h, r, mu, dh, scale=scale)
+        d_states, dv, dh = walk(d_states)
+        return jnp.swapaxes(d_states[:, 0], -1, -2), dv, dh
 
     def of_tokens(x):
         return x.reshape(*x.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]
 
-    dg = None
-    if log_decay is not None:
-        flow, common = (jnp.sum(x, axis=3) for x in sums)
-        dg = jnp.sum(jnp.where(jnp.tri(C, dtype=bool), flow[..., None], 0.0), axis=-2) + jnp.sum(common, -1, keepdims=True)
-        dg = of_tokens(dg)
-        if reset is not None:
-            dg = jnp.where(reset[..., None, None], 0.0, dg)
-    return dq[:, :length], dk[:, :length], dv[:, :length], of_tokens(dbeta), dg, d_state
+    if log_decay is not None and log_decay.shape[-1] > 1:
+        g, start = channels_of(log_decay, reset, q.shape[1])
+        q_read, k_read, channels, _ = _prepare_channels(call, q, k, g, start, scale=scale, keys=False)
+        d_state, dv, dh = walked(q_read, k_read, channels=channels)
+        dq, dk, dbeta, dg = _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, scale=scale)
+        dg = dg[:, :length]
+    else:
+        rows = decay_rows(log_decay, reset, q.shape[1], C)
+        d_state, dv, dh = walked(q, k, rows=rows)
+        dq, dk, dbeta, *sums = _gradients(call, q, k, do, beta, rows, h, r, dv, dh, scale=scale)
+        dg = None
+        if log_decay is not None:
+            flow, common = (jnp.sum(x, axis=3) for x in sums)
+            dg = of_tokens(cumulative_sums(flow, reverse=True) + jnp.sum(common, -1, keepdims=True))
+            if reset is not None:
+                dg = jnp.where(reset[..., None, None], 0.0, dg)
+    return *(x[:, :length] for x in (dq, dk, dv)), of_tokens(jnp.sum(dbeta, axis=3)), dg, d_state

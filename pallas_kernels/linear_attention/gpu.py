@@ -48,17 +48,20 @@ from pallas_kernels.gpu import (
     Call,
     by_column,
     by_row,
+    cumulative_sums,
     decay_rows,
     declines,
     load,
+    over_values,
     padded,
     product_after,
     product_before,
     product_total,
     swizzled,
     times,
-    value_blocks,
+    value_tiles,
     walk_chunks,
+    warpgroups,
     weights_between,
 )
 from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
@@ -89,9 +92,9 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
     V = y.shape[-1]
     pairs = T // PAIR
     each = -(-pairs // segments)
-    blocks = value_blocks(B * H * segments, V)
-    wgs = V // blocks // C
-    stages = 4 if q is None or K + V < 256 else 3
+    wgs = warpgroups(B * H * segments, K, V)
+    blocks = V // C // wgs
+    stages = 4 if q is None or K + wgs * C < 256 else 3 if K < 256 else 2
     dtype = x.dtype
     out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
     scratch = {
@@ -197,7 +200,8 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
 def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
     """Gradients of every pair of chunks from the states that enter it and the cotangents of those that leave it.
 
-    Two warpgroups take 64 tokens each, as queries of dq and as keys of dk and dv.
+    Two warpgroups take 64 tokens each, as queries of dq and as keys of dk and dv. Of more than 128 channels every block of keys
+    and of values is taken by itself: all gradients are sums over them.
 
     Args:
       q, k: [B, T, H, K]; v, do: [B, T, H, V].
@@ -208,8 +212,9 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
       dq, dk, dv; with rows also, [B, H, N, 2 C], rowwise sums of q dq - k dk, and numbers whose sum over the last axis is what
       the leaving state and its cotangent have in common.
     """
-    B, T, H, K = q.shape
-    V = v.shape[-1]
+    B, T, H, _ = q.shape
+    K, V = (min(x.shape[-1], 2 * C) for x in (q, v))
+    k_blocks, v_blocks = q.shape[-1] // K, v.shape[-1] // V
     dtype = q.dtype
     scratch = {
         # Halves are memories of their own: products are traced as functions, which take no constant index of a memory.
@@ -219,10 +224,11 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
         "full": plgpu.Barrier(num_arrivals=10 if rows is None else 12), "done": plgpu.Barrier(num_arrivals=2),
     }  # fmt: skip
     operands = [q, k, v, do, h, dh]
-    out_type = [jax.ShapeDtypeStruct(x.shape, dtype) for x in (q, k, v)]
+    parts = (v_blocks, v_blocks, k_blocks)
+    out_type = [jax.ShapeDtypeStruct((n, *x.shape), dtype) for n, x in zip(parts, (q, k, v), strict=True)]
     if rows is not None:
         operands.append(rows)
-        out_type += [jax.ShapeDtypeStruct((B, H, T // PAIR, PAIR), F32)] * 2
+        out_type += [jax.ShapeDtypeStruct((k_blocks * v_blocks, B, H, T // PAIR, PAIR), F32)] * 2
         scratch |= {
             "rows_s": plgpu.SMEM((rows.shape[3], PAIR), F32), "columns_s": plgpu.SMEM((rows.shape[3], PAIR), F32),
             "flow_s": plgpu.SMEM((2, C), F32), "common_s": plgpu.SMEM((2, C), F32),
@@ -234,15 +240,17 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
         rows_ref = refs.pop(0) if rows is not None else None
         dq_ref, dk_ref, dv_ref, *refs = refs
         n, hd, b = (lax.axis_index(name) for name in ("n", "h", "b"))
-        wg = lax.axis_index("wg")
+        wg, part = lax.axis_index("wg"), lax.axis_index("part")
+        k_block, v_block = lax.rem(part, k_blocks), lax.div(part, k_blocks)
+        keys, values = pl.ds(k_block * K, K), pl.ds(v_block * V, V)
 
         @pl.when(wg == 0)
         def _():
-            for ref, to in ((do_ref, do_s), (v_ref, v_s), (q_ref, q_s), (k_ref, k_s)):
+            for ref, to, channels in ((do_ref, do_s, values), (v_ref, v_s, values), (q_ref, q_s, keys), (k_ref, k_s, keys)):
                 for half in range(2):
-                    plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(n * PAIR + half * C, C), hd], to[half], full)
-            plgpu.copy_gmem_to_smem(h_ref.at[b, n, hd], h_s, full)
-            plgpu.copy_gmem_to_smem(dh_ref.at[b, n, hd], dh_s, full)
+                    plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(n * PAIR + half * C, C), hd, channels], to[half], full)
+            plgpu.copy_gmem_to_smem(h_ref.at[b, n, hd, values, keys], h_s, full)
+            plgpu.copy_gmem_to_smem(dh_ref.at[b, n, hd, values, keys], dh_s, full)
             if rows is not None:
                 of_head = rows_ref.at[b, hd if rows.shape[1] > 1 else 0, n]
                 plgpu.copy_gmem_to_smem(of_head, rows_s, full)
@@ -251,12 +259,13 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
         plgpu.barrier_wait(full)
         blocks = tuple(range(2))
 
-        def send(x, ref, half):
+        def send(x, ref, half, sum_of, first):
             for start in range(0, x.shape[1], C):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_s.at[half][...] = x[:, start : start + C].astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s.at[half], ref.at[b, pl.ds(n * PAIR + half * C, C), hd, pl.ds(start, C)])
+                tokens = pl.ds(n * PAIR + half * C, C)
+                plgpu.copy_smem_to_gmem(out_s.at[half], ref.at[sum_of, b, tokens, hd, pl.ds(first + start, C)])
 
         def factor(of, half, shape):
             return None if rows is None else by_row(of(rows_s, ROWS, pl.ds(half * C, C)), shape)
@@ -274,13 +283,13 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
                 dq = call.dot((d_scores, k_s[keys]), init=dq)
             if rows is not None:
                 flow = jnp.sum(dq * load(q_s[half]).astype(F32), axis=1)
-            send(dq, dq_ref, half)
+            send(dq, dq_ref, half, v_block, k_block * K)
             dk = times(call.dot((v_s[half], dh_s)), factor(product_after, half, (C, K)))
             if rows is not None:
                 own = jnp.sum(dk * load(k_s[half]).astype(F32), axis=1)
                 if V == PAIR:
-                    part = pl.ds(half * C, C)
-                    both = load(h_s.at[part]).astype(F32) * load(dh_s.at[part]).astype(F32)
+                    mine = pl.ds(half * C, C)
+                    both = load(h_s.at[mine]).astype(F32) * load(dh_s.at[mine]).astype(F32)
                     own = own + product_total(columns_s) * jnp.sum(both, axis=1)
                 elif half == 0:
                     both = load(h_s).astype(F32) * load(dh_s).astype(F32)
@@ -291,15 +300,15 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
                 dk = call.dot((d_scores, q_s[queries]), init=dk)
             if rows is not None:
                 flow_s.at[half][...] = flow - jnp.sum(dk * load(k_s[half]).astype(F32), axis=1)
-            send(dk, dk_ref, half)
+            send(dk, dk_ref, half, v_block, k_block * K)
             dv = times(call.dot((k_s[half], dh_s.T)), factor(product_after, half, (C, V)))
             for queries in blocks[half:]:
                 scores = weigh(call.dot((k_s[half], q_s[queries].T)), queries, half, True)
                 dv = call.dot((scores, do_s[queries]), init=dv)
-            send(dv, dv_ref, half)
+            send(dv, dv_ref, half, k_block, v_block * V)
             if rows is not None:
                 for ref, x in zip(refs, (flow_s, common_s), strict=True):
-                    plgpu.copy_smem_to_gmem(x.at[half], ref.at[b, hd, n, pl.ds(half * C, C)])
+                    plgpu.copy_smem_to_gmem(x.at[half], ref.at[part, b, hd, n, pl.ds(half * C, C)])
             plgpu.wait_smem_to_gmem(0)
 
         for half in blocks:
@@ -307,8 +316,9 @@ def _gradients(call, q, k, v, do, rows, h, dh, *, scale):
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
-    grid = {"b": B, "h": H, "n": T // PAIR}
-    return call(body, "linear_attention_backward", grid, operands, out_type, scratch, 2)
+    grid = {"b": B, "h": H, "n": T // PAIR, "part": k_blocks * v_blocks}
+    found = call(body, "linear_attention_backward", grid, operands, out_type, scratch, 2)
+    return [x[0] if len(x) == 1 else jnp.sum(x, axis=0, dtype=F32).astype(x.dtype) for x in found]
 
 
 def _prepare_channels(call, q, k, g, start, *, scale):
@@ -326,8 +336,8 @@ def _prepare_channels(call, q, k, g, start, *, scale):
     dtype = q.dtype
     scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
     scratch |= {
-        "g_s": [swizzled((C, C), F32)] * len(tiles), "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles),
-        "total_s": plgpu.SMEM((K,), F32), "full": plgpu.Barrier(num_arrivals=3 * len(tiles)),
+        "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles),
+        "total_s": plgpu.SMEM((K,), F32), "full": plgpu.Barrier(num_arrivals=2 * len(tiles)),
     }  # fmt: skip
     operands = [q, k, g]
     if start is not None:
@@ -341,7 +351,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
         jax.ShapeDtypeStruct((B, H, N, C, C), dtype), jax.ShapeDtypeStruct((B, H, N, K), F32),
     ]  # fmt: skip
 
-    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, g_s, sum_s, total_s, full, rows_s=None, columns_s=None, started=None):
+    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, total_s, full, rows_s=None, columns_s=None, started=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
         qb_ref, ka_ref, p_ref, total_ref = refs
@@ -349,7 +359,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
         tokens = pl.ds(n * C, C)
         columns = [pl.ds(tile * C, C) for tile in tiles]
         for tile in tiles:
-            for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
+            for ref, to in ((q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
         levels = Levels(call, dtype)
         together = starts = None
@@ -359,13 +369,13 @@ def _prepare_channels(call, q, k, g, start, *, scale):
             plgpu.barrier_wait(started)
             starts = by_row(load(rows_s, ROWS), (C, C))
             together = starts == by_column(load(columns_s, COLS), (C, C))
-        plgpu.barrier_wait(full)
         for tile in tiles:
-            g = powers(load(g_s[tile]))
+            g = powers(plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False))
             sum_s[tile][...] = g.astype(jnp.float16)
             lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
             total_s.at[columns[tile]][...] = jnp.sum(g, axis=0) + lost
         plgpu.commit_smem()
+        plgpu.barrier_wait(full)
         scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
 
         def level(n, scores):
@@ -412,9 +422,9 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
     V = y.shape[-1]
     chunks = T // C
     each = -(-chunks // segments)
-    blocks = value_blocks(B * H * segments, V)
-    wgs = V // blocks // C
-    stages = 3
+    wgs = warpgroups(B * H * segments, K, V)
+    blocks = V // C // wgs
+    stages = 3 if K < 256 else 2
     dtype = x.dtype
     outputs = q is not None
     out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
@@ -508,19 +518,17 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
     V = v.shape[-1]
     dtype = q.dtype
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)]
-    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s", "z_s")}
-    scratch |= {name: swizzled((C, V), dtype) for name in ("v_s", "do_s")}
-    scratch |= {name: swizzled((V, C), dtype) for name in ("h_s", "dh_s")}
+    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(4, V, dtype)
     scratch |= {
-        "g_s": swizzled((C, C), F32), "sum_s": swizzled((C, C), jnp.float16),
-        "full": plgpu.Barrier(num_arrivals=7 + (0 if start is None else 2)),
+        "sum_s": swizzled((C, C), jnp.float16), "common_s": plgpu.SMEM((C,), F32),
+        "ready": plgpu.Barrier(num_arrivals=2 + (0 if start is None else 2)),
     }  # fmt: skip
     operands = [q, k, v, do, g, h, dh]
     if start is not None:
         operands.append(start)
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
 
-    def body(q_ref, k_ref, v_ref, do_ref, g_ref, h_ref, dh_ref, *refs, q_s, k_s, z_s, v_s, do_s, h_s, dh_s, g_s, sum_s, full,
+    def body(q_ref, k_ref, v_ref, do_ref, g_ref, h_ref, dh_ref, *refs, q_s, k_s, tiles_s, sum_s, common_s, full, ready,
              rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
@@ -528,31 +536,47 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         hd, n, b = lax.div(lax.axis_index("h"), K // C), lax.axis_index("n"), lax.axis_index("b")
         columns = pl.ds(lax.rem(lax.axis_index("h"), K // C) * C, C)
         tokens = pl.ds(n * C, C)
-        for ref, to in ((do_ref, do_s), (v_ref, v_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd], to, full)
-        for ref, to in ((g_ref, g_s), (q_ref, q_s), (k_ref, k_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, columns], to, full)
-        for ref, to in ((h_ref, h_s), (dh_ref, dh_s)):
-            plgpu.copy_gmem_to_smem(ref.at[b, n, hd, pl.ds(0, V), columns], to, full)
-        for to in (rows_s, columns_s):
-            if to is not None:
-                plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        plgpu.barrier_wait(full)
+
+        def fetch():
+            for ref, to in ((q_ref, q_s), (k_ref, k_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, columns], to, ready)
+            for to in (rows_s, columns_s):
+                if to is not None:
+                    plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, ready)
+
+        def products(do_s, v_s, h_s, dh_s):
+            return (do_s, v_s.T), (v_s, do_s.T), (do_s, h_s), (v_s, dh_s)
+
+        g = powers(plgpu.load(g_ref.at[b, tokens, hd, columns], layout=WGMMA, optimized=False))
+        sum_s[...] = g.astype(jnp.float16)
+        total = jnp.exp2(jnp.sum(g, axis=0))
+        [pairs, turned, dq_state, dk_later], common = over_values(
+            call, V, [ref.at[b, tokens, hd] for ref in (do_ref, v_ref)],
+            [ref.at[b, n, hd, pl.ds(0, V), columns] for ref in (h_ref, dh_ref)], tiles_s, full, products,
+            lambda h, dh: jnp.sum(h * dh, axis=0), fetch,
+        )  # fmt: skip
+        plgpu.barrier_wait(ready)
+        z_s = tiles_s[0][0]  # which is free now
         levels = Levels(call, dtype)
         i, j = levels.i, levels.j
         # Rows are the later or the earlier token of a pair: its cotangent of scores, either way round.
-        both = jnp.where(i >= j, call.dot((do_s, v_s.T)), call.dot((v_s, do_s.T))) * scale
+        both = jnp.where(i >= j, pairs, turned) * scale
         starts = None
         if start is not None:
             starts = by_row(load(rows_s, ROWS), (C, C))
             both = jnp.where(starts == by_column(load(columns_s, COLS), (C, C)), both, 0.0)
         own = by_row(jnp.sum(jnp.where(i == j, both, 0.0), axis=1), (C, C))
         both = both.astype(dtype)
-        g = powers(load(g_s))
-        sum_s[...] = g.astype(jnp.float16)
-        total = jnp.exp2(jnp.sum(g, axis=0))
-        plgpu.commit_smem()
-        dq, dk = own * load(k_s).astype(F32), own * load(q_s).astype(F32)
+        [before], [after] = levels.before([sum_s]), levels.after([sum_s])
+        before = before * scale
+        if start is not None:
+            before = jnp.where(starts < 0, before, 0.0)
+            after = jnp.where(starts == rows_s[C - 1], after, 0.0)
+            total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
+        dk_later = after * dk_later
+        # What the leaving state and its cotangent have in common.
+        common_s[...] = jnp.sum(dk_later * load(k_s).astype(F32), axis=0) + total * common
+        dq, dk = before * dq_state + own * load(k_s).astype(F32), dk_later + own * load(q_s).astype(F32)
 
         def level(n, gradients):
             dq, dk = gradients
@@ -565,23 +589,8 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
             return jnp.where(right, dq + d_mixed, dq), jnp.where(right, dk, dk + d_mixed)
 
         dq, dk = lax.fori_loop(0, LEVELS, level, (dq, dk))
-        [before], [after] = levels.before([sum_s]), levels.after([sum_s])
-        before = before * scale
-        if start is not None:
-            before = jnp.where(starts < 0, before, 0.0)
-            after = jnp.where(starts == rows_s[C - 1], after, 0.0)
-        dq = dq + before * call.dot((do_s, h_s))
-        dk_later = after * call.dot((v_s, dh_s))
-        dk = dk + dk_later
-        q_f, k_f = load(q_s).astype(F32), load(k_s).astype(F32)
-        # What the leaving state and its cotangent have in common.
-        common = jnp.sum(dk_later * k_f, axis=0)
-        if start is not None:
-            total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
-        for value in range(0, V, C):
-            part = pl.ds(value, C)
-            common = common + total * jnp.sum(load(h_s.at[part]).astype(F32) * load(dh_s.at[part]).astype(F32), axis=0)
-        flow = q_f * dq - k_f * dk
+        flow = load(q_s).astype(F32) * dq - load(k_s).astype(F32) * dk
+        plgpu.commit_smem()
         q_s[...] = dq.astype(dtype)
         k_s[...] = dk.astype(dtype)
         plgpu.commit_smem()
@@ -590,12 +599,10 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         # Sums of the flow over the tokens from each on.
         z_s[...] = flow.astype(dtype)
         plgpu.commit_smem()
-        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(common, (C, C))
+        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(load(common_s, COLS), (C, C))
         if start is not None:
             dg = jnp.where(starts == i.astype(F32), 0.0, dg)
-        g_s[...] = dg
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(g_s, dg_ref.at[b, tokens, hd, columns])
+        dg_ref.at[b, tokens, hd, columns][...] = dg
         plgpu.wait_smem_to_gmem(0)
 
     grid = {"h": H * (K // C), "n": T // C, "b": B}
@@ -710,7 +717,7 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
     dg = None
     if log_decay is not None:
         flow, common = sums
-        dg = jnp.sum(jnp.where(jnp.tri(PAIR, dtype=bool), flow[..., None], 0.0), axis=-2) + jnp.sum(common, -1, keepdims=True)
+        dg = cumulative_sums(flow, reverse=True) + jnp.sum(common, -1, keepdims=True)
         dg = dg.reshape(*dg.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]
         if reset is not None:
             dg = jnp.where(reset[..., None, None], 0.0, dg)

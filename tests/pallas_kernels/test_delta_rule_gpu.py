@@ -42,6 +42,9 @@ CASES = [
     ("vector", 130, 1, 128, 64, False, 2.0, False),
 ]
 MORE = [
+    ("scalar", 130, 1, 256, 256, True, 1.0, False),
+    ("vector", 130, 1, 256, 256, True, 1.0, False),
+    ("none", 200, 1, 256, 512, False, 1.0, False),
     ("none", 1, 1, 128, 128, False, 1.0, True),
     ("none", 260, 2, 64, 128, True, 2.0, False),
     ("scalar", 64, 2, 128, 128, True, 1.0, True),
@@ -92,8 +95,8 @@ def test_the_op_calls_the_kernel(monkeypatch):
 
     expected = loss("recurrent")
     with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
-        assert "has not run on a chip" in choose("delta_rule", "auto", T=150, dtype=jnp.bfloat16).reason
-        got = loss("kernel")
+        assert choose("delta_rule", "auto", T=150, dtype=jnp.bfloat16).form == "kernel"
+        got = loss("auto")
     assert calls == [(2, 150, 2, 64)]
     for x, y in zip(got, expected, strict=True):
         x, y = (np.asarray(x, np.float64) for x in (x, y))
@@ -104,9 +107,10 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
 )
 # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-SPILLS = {
-    "delta_rule_forward": 20, "delta_rule_backward": 14,
-    "delta_rule_channels_scores": 280, "delta_rule_channels_backward": 1000,
+SPILLS = {"delta_rule_forward": 20, "delta_rule_backward": 140, "delta_rule_channels_backward": 350}
+SPILLS_OF_256 = {
+    "delta_rule_forward": 330, "delta_rule_backward_states": 180, "delta_rule_backward": 310, "delta_rule_channels_scores": 9,
+    "delta_rule_channels_forward": 410, "delta_rule_channels_backward_states": 130, "delta_rule_channels_backward": 740,
 }  # fmt: skip
 
 
@@ -119,14 +123,18 @@ def test_compiles_for_hopper(kind, direction):
     names = {"forward": ["forward", "inverses"], "backward": ["backward", "backward_states"]}[direction]
     if kind == "vector":
         names = {"forward": ["forward", "scores"], "backward": ["backward", "backward_states", "scores"]}[direction]
-        names = [f"channels_{name}" for name in names]
-    # With one row and few heads value channels have blocks of their own.
-    for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}, {"B": 1, "H": 2}):
+        names = [f"channels_{name}" for name in names] + ["inverses"] * (direction == "forward")
+    # With one row and few heads value channels have blocks of their own, and time has segments.
+    large = ({"K": 256, "V": 512}, {"K": 256, "resets": True})
+    for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}, {"B": 1, "H": 2}, *large):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
-        assert sorted(kernel["name"] for kernel in found) == [f"delta_rule_{name}" for name in names]
+        several = ["maps" if direction == "forward" else "backward_added"] if "B" in change else []
+        several = [f"channels_{name}" if kind == "vector" else name for name in several]
+        assert sorted(kernel["name"] for kernel in found) == sorted(f"delta_rule_{name}" for name in names + several)
         for kernel in found:
             assert kernel["smem_bytes"] <= 227 * 1024
-            assert kernel["spill_bytes"] <= SPILLS.get(kernel["name"], 0), (change, kernel)
+            limit = (SPILLS_OF_256 if change in large else SPILLS).get(kernel["name"], 0)
+            assert kernel["spill_bytes"] <= limit, (change, kernel)
 
 
 @pytest.mark.gpu

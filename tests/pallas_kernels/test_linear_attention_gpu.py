@@ -41,6 +41,9 @@ CASES = [
     ("vector", 700, 1, 64, 64, False, 4),
 ]
 MORE = [
+    ("scalar", 130, 1, 256, 256, True, 1),
+    ("vector", 130, 1, 256, 256, True, 1),
+    ("none", 130, 1, 128, 512, False, 1),
     ("vector", 200, 1, 128, 128, True, 2),
     ("vector", 65, 2, 128, 64, False, 1),
     ("scalar", 1100, 1, 128, 128, True, 3),
@@ -104,7 +107,7 @@ def test_the_op_calls_the_kernel(monkeypatch):
         ({}, None),
         ({"chip": "NVIDIA A100-SXM4-40GB"}, "made for Hopper"),
         ({"decay": "vector"}, None),
-        ({"head_dim": 256}, "K and V in (64, 128), not K=256, V=64"),
+        ({"head_dim": 96}, "K in (64, 128, 256) and V in (64, 128, 256, 512), not K=96, V=64"),
         ({"dtype": jnp.float32}, "takes bfloat16, not float32"),
     ],
     ids=str,
@@ -130,14 +133,19 @@ def test_compiles_for_hopper(kind, direction):
     case = {"op": "linear_attention", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
     names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}[direction]
     # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-    spills = {"linear_attention_backward": 44, "linear_attention_channels_backward": 190}
+    spills = {"linear_attention_backward": 44, "linear_attention_channels_backward": 200}
+    spills_of_256 = {
+        "linear_attention_forward": 250, "linear_attention_backward": 44, "linear_attention_channels_backward": 250,
+        "linear_attention_channels_scores": 9,
+    }  # fmt: skip
     if kind == "vector":
         names = [f"channels_{name}" for name in (*names, "scores")]
-    for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}):
+    large = ({"K": 256, "V": 512}, {"K": 256, "resets": True})
+    for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}, *large):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
         assert sorted(kernel["name"] for kernel in found) == sorted(f"linear_attention_{name}" for name in names)
         for kernel in found:
-            allowed = spills.get(kernel["name"], 0) if kind == "vector" or change else 0
+            allowed = (spills_of_256 if change in large else spills).get(kernel["name"], 0) if kind == "vector" or change else 0
             assert kernel["spill_bytes"] <= allowed, (change, kernel)
 
 
