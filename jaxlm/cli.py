@@ -160,6 +160,15 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument(f"-{letter}", type=int, default=value, metavar="N", help=f"{what} (default %(default)s)")
 
     sub = bench(
+        "training", bench_training_command, "training steps of a config with kernels and without",
+        "Train a config on random tokens, at the largest batch that fits this device with the Pallas kernels and without\n"
+        "them: tokens/s, MFU and memory; writes training.json, which keeps other configs' rows.",
+    )  # fmt: skip
+    add_config(sub)
+    sub.add_argument("--rows", type=numbers, metavar="N,M", help="batch sizes to try (default: 64 and its halves)")
+    sub.add_argument("--steps", type=int, default=5, help="steps of a timed group, of which there are 5 (default %(default)s)")
+
+    sub = bench(
         "tasks", bench_tasks_command, "what small models of each mixer can recall and track",
         "Train a small model of every mixer on every diagnostic task and test it beyond the trained size; writes tasks.json\n"
         "after every model, so that a stopped run goes on, prints a table and draws tasks.png (extra: plot).",
@@ -318,6 +327,15 @@ def bench_tasks_command(arguments: argparse.Namespace) -> None:
         arguments.output, mixers=arguments.mixers, tasks=arguments.tasks, seeds=arguments.seeds, quick=arguments.quick,
         force=arguments.force, steps=arguments.steps,
     )  # fmt: skip
+
+
+def bench_training_command(arguments: argparse.Namespace) -> None:
+    from jaxlm.bench import training
+    from jaxlm.training.run import load_config
+
+    path, overrides = split_config_words(arguments.config)
+    config = load_config(path, overrides).config
+    training.run(arguments.output, config, rows=arguments.rows, steps=arguments.steps, quick=arguments.quick)
 
 
 def bench_kernels_command(arguments: argparse.Namespace) -> None:

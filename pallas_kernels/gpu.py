@@ -64,11 +64,14 @@ class Call:
     def __init__(self, interpret):
         self.interpret = plgpu.InterpretGPUParams() if interpret is True else interpret or None
 
-    def __call__(self, body, name, grid, operands, out_type, scratch, threads):
+    def __call__(self, body, name, grid, operands, out_type, scratch, threads, *, barriers=True):
+        """Call a kernel; without `barriers` those of its own have to keep every store to memory away from matrix products of
+        the other warps that still read there."""
         names, sizes = zip(*grid.items(), strict=True)
+        params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not barriers)
         return plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, grid=sizes, grid_names=names, num_threads=threads, thread_name="wg",
-            compiler_params=plgpu.CompilerParams(approx_math=True), interpret=self.interpret, kernel_name=name,
+            compiler_params=params, interpret=self.interpret, kernel_name=name,
         )(*operands)  # fmt: skip
 
     def dot(self, *pairs, init=None):

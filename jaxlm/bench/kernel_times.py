@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from jaxlm.bench.report import chosen, environment, new_figure, print_table, write_json
+from jaxlm.bench.report import chosen, environment, new_figure, print_table, read_json, write_json
 from jaxlm.ops import kernels
 from jaxlm.ops.delta_rule import delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence
@@ -185,6 +185,8 @@ def run(
 ) -> dict:
     """Time, print the table, write OUTPUT/times.json after every row and draw OUTPUT/times.png.
 
+    What OUTPUT/times.json holds of the same machine, versions and sizes stays, but for the kernels and lengths timed now.
+
     Args:
       names: of `kernel_names`; None for all. lengths: T, with as many rows as make `TOKENS` (at least one).
       H, K, V: heads and their channels.
@@ -202,14 +204,18 @@ def run(
     forms = chosen(forms or ("kernel", "chunked"), ("kernel", "chunked", "recurrent"), "--forms")
     forms = ["kernel", *(form for form in forms if form != "kernel")]  # what the others are compared with
     peers = [name for name, module in (("jax-linear-attention", "jla"), ("fla", "fla")) if importlib.util.find_spec(module)]
-    console, rate, rows = Console(stderr=True), bandwidth(), []
-    result = {
-        "environment": environment() | {"device": chip}, "settings": {"H": H, "K": K, "V": V, "dtype": "bfloat16"},
-        "copy_tb_s": rate, "rows": rows,
-    }  # fmt: skip
+    console, rate = Console(stderr=True), bandwidth()
+    made = {"environment": environment() | {"device": chip}, "settings": {"H": H, "K": K, "V": V, "dtype": "bfloat16"}}
+    before = read_json(output / "times.json") or {"rows": []}
+    if {key: before.get(key) for key in made} != made:
+        before = {"rows": []}  # what was measured elsewhere or of another size is not to be compared with
+    result = made | {"copy_tb_s": rate, "rows": before["rows"]}
     for name in names:
         op, decay = name.rsplit("-", 1)
         for T in lengths:
+            # Forms of one length are compared, so none of them stays from before.
+            rows = [row for row in result["rows"] if (row["op"], row["decay"], row["T"]) != (op, decay, T)]
+            result["rows"] = rows
             shape = cases.Shape(max(1, TOKENS // T), T, H, K, V)
             arrays = inputs(op, decay, shape)
             least = least_bytes(op, "forward", decay, shape)
@@ -277,6 +283,7 @@ def draw(result: dict, output: Path) -> bool:
             chosen_rows = [row for row in result["rows"] if (row["op"], row["decay"], row["direction"]) == (*name, direction)]
 
             def curve(rows, key):
+                rows = sorted(rows, key=lambda row: row["T"])
                 return [row["T"] for row in rows], [1e6 * row[key] / (row["B"] * row["T"]) for row in rows]
 
             for form in forms:

@@ -7,8 +7,10 @@ function that returns None where the kernel runs and beats the other forms, or e
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -100,6 +102,19 @@ KERNELS: dict[str, tuple[str, Callable[[Call], str | None]]] = {
 }
 
 
+_KERNELS: ContextVar[bool] = ContextVar("jaxlm_kernels", default=True)
+
+
+@contextlib.contextmanager
+def use_kernels(use: bool) -> Iterator[None]:
+    """Whether form="auto" takes kernels in what is traced within this context: without, to compare with."""
+    token = _KERNELS.set(use)
+    try:
+        yield
+    finally:
+        _KERNELS.reset(token)
+
+
 def choose(
     op: str,
     form: str,
@@ -143,6 +158,8 @@ def choose(
         here = kernels.target()
         call = Call(T, jnp.dtype(dtype), platform or here[0], chip or (here[1] if platform in (None, here[0]) else ""), **known)
         declined = declines(call)
+        if form == "auto" and not _KERNELS.get():
+            return Choice("recurrent" if T == 1 else "chunked", "kernels are switched off")
     if form == "kernel":
         if declined:
             raise ValueError(f'form="kernel" of {op} cannot run: {declined}; use form="auto"')

@@ -83,7 +83,8 @@ def _inverses(call, beta, *, k=None, rows=None, scores=None):
     B, H, N, _ = beta.shape
     dtype = jnp.bfloat16
     out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), dtype)]
-    scratch = {name: swizzled((C, C), jnp.float16) for name in ("a_s", "x_s", "y_s")}
+    scratch = {"a_s": swizzled((C, C), jnp.float16), "x_s": [swizzled((C, C), jnp.float16)] * 2}
+    scratch["y_s"] = swizzled((C, C), jnp.float16)
     # R takes the place of the keys.
     scratch["k_s"] = [swizzled((C, C), dtype)] * (1 if k is None else k.shape[-1] // C)
     scratch["beta_s"] = plgpu.SMEM((C,), F32)
@@ -115,26 +116,25 @@ def _inverses(call, beta, *, k=None, rows=None, scores=None):
             S = jnp.where(i > j, S, 0.0)
         A = S * by_column(load(beta_s, COLS), (C, C))
         a_s[...] = A.astype(jnp.float16)
-        start = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -A, 0.0))
-
-        def level(n, inverse):
-            size = jnp.int32(1) << n
-            x_s[...] = inverse.astype(jnp.float16)
+        inverse = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -A, 0.0))
+        for level in range(1, LEVELS):
+            size, blocks_s = 1 << level, x_s[level % 2]
+            blocks_s[...] = inverse.astype(jnp.float16)
             plgpu.commit_smem()
-            half = call.dot((a_s, x_s))
+            half = call.dot((a_s, blocks_s))
             # X holds blocks of `size` tokens alone, so masking A's product with it masks A. Above the diagonal it is 0.
             half = jnp.where(((i ^ j) & -size) == size, half, 0.0)
             y_s[...] = half.astype(jnp.float16)
             plgpu.commit_smem()
-            return inverse - call.dot((x_s, y_s))
-
-        inverse = lax.fori_loop(1, LEVELS, level, start)
+            inverse = inverse - call.dot((blocks_s, y_s))
         k_s[0][...] = inverse.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_s[0], refs[0].at[b, n, h])
         plgpu.wait_smem_to_gmem(0)
 
-    [inverse] = call(body, "delta_rule_inverses", {"h": H, "n": N, "b": B}, operands, out_type, scratch, 1)
+    # Between a product and the next store to what it reads there is always a commit: that of y_s, or of the next x_s.
+    grid = {"h": H, "n": N, "b": B}
+    [inverse] = call(body, "delta_rule_inverses", grid, operands, out_type, scratch, 1, barriers=False)
     return inverse
 
 

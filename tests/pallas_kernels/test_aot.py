@@ -101,9 +101,9 @@ def test_shared_memory_of_gpu_kernels_is_counted():
     tokens, state, found = 2 * tile, 4 * tile, {}
     for name, shared, operands in aot.gpu_calls(jax.make_jaxpr(function)(*arguments).jaxpr):
         found[name] = operands
-        # A chunk's keys, three tiles, beta, decays twice, and a barrier; both value tiles in blocks of their own.
+        # A chunk's keys, four tiles, beta, decays twice, and a barrier; both value tiles in blocks of their own.
         stages = 3 * (2 * tokens + 2 * tile + 3 * 256) + 2 * 3 * 8
-        expected = {"inverses": tokens + 3 * tile + 3 * 256 + 8, "forward": stages + tokens + 2 * tile + 8}
+        expected = {"inverses": tokens + 4 * tile + 3 * 256 + 8, "forward": stages + tokens + 2 * tile + 8}
         assert shared == expected[name.removeprefix("delta_rule_")]
     gates = 2 * 128 * 4
     inputs, saved = 3 * 2 * tokens + 2 * tile, 2 * state + 2 * tokens
