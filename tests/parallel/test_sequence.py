@@ -18,7 +18,9 @@ from jaxlm.ops.attention import attention
 from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
+from jaxlm.ops.fast_weights import ttt_linear
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.log_linear import log_linear_attention
 from jaxlm.ops.segments import positions_in_runs, resets, run_index
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import use_mesh
@@ -258,10 +260,18 @@ def test_attention_sees_all_shards_before(window):
     assert (gathered >= B * T * 2 * K * 4) == (window != 3)
 
 
-def test_shards_that_do_not_divide_the_sequence_are_an_error():
-    q = jnp.zeros((1, 12, 1, 2))
+@pytest.mark.parametrize("op", ["linear_attention", "log_linear_attention", "ttt_linear"])
+def test_shards_that_do_not_divide_the_sequence_are_an_error(op):
+    q, gate = jnp.zeros((1, 12, 1, 2)), jnp.zeros((1, 12, 1))
+    norm, weights = jnp.ones((1, 2)), {"w": jnp.zeros((1, 2, 2)), "b": jnp.zeros((1, 2))}
+    calls = {
+        "linear_attention": lambda: linear_attention(q, q, q),
+        # Not split natively; XLA would pad them in silence.
+        "log_linear_attention": lambda: log_linear_attention(q, q, q, gate, jnp.ones((1, 12, 1, 5))),
+        "ttt_linear": lambda: ttt_linear(q, q, q, gate, jnp.ones(4), weights, norm, norm, chunk_size=4),
+    }
     with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):
-        linear_attention(q, q, q)
+        calls[op]()
 
 
 def test_a_convolution_wider_than_a_shard_is_an_error():
