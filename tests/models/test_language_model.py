@@ -294,6 +294,7 @@ def test_compute_dtype_is_that_of_activations_only():
     [
         ({"pattern": ("gla", "atention")}, "unknown mixer 'atention'; did you mean 'attention'"),
         ({"mixers": {"swa": AttentionSettings()}}, "swa not used by the pattern"),
+        ({"mixers": {"m": {"kind": "gated_deltnet"}}}, "unknown kind 'gated_deltnet'; did you mean 'gated_deltanet'"),
         ({"stages": [{"pattern": ["gla"]}]}, "pattern and stages are both given"),
         ({"pattern": None}, "pattern and stages are both null"),
         ({"pattern": ("gla", "gmu")}, "'gmu' reads 'memory', which no earlier block makes; put a mixer with produces: memory"),
@@ -307,6 +308,15 @@ def test_compute_dtype_is_that_of_activations_only():
 def test_wrong_patterns_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         ModelSettings(vocab_size=VOCAB, **changes)
+
+
+def test_mixers_are_read_strictly_and_lists_stand_for_tuples():
+    """What suggests kinds in Python leaves the reading of config files alone."""
+    read = lambda text: ModelSettings.model_validate_json(text, strict=True)  # noqa: E731
+    settings = read('{"pattern": ["m"], "mixers": {"m": {"kind": "attention", "biases": ["q", "v"]}}}')
+    assert settings.mixer("m").biases == ("q", "v")
+    with pytest.raises(ValueError, match="valid integer"):
+        read('{"pattern": ["m"], "mixers": {"m": {"kind": "attention", "heads": "4"}}}')
 
 
 def test_head_dims_that_do_not_divide_are_named():
