@@ -29,8 +29,8 @@ MIRAS = {
     "norm_scale": full(1, H, K), "norm_bias": full(0, H, K), "log_decay": -wide(), "chunk_size": 2,
 }  # fmt: skip
 SELECTIVE = {"u": full(1, B, T, H), "dt": full(1, B, T, H), "a": full(-1, H, K), "b": full(1, B, T, K), "c": full(1, B, T, K)}
-# On the circle but for rounding, some of them outside.
-ANGLES = jnp.arange(H * K, dtype=jnp.float32).reshape(H, K)
+# But for rounding: 1 + 2 eps.
+ON_THE_CIRCLE = jnp.stack([full(1 + 2.0**-22, H, K), full(0, H, K)], axis=1)
 SSM = {"u": full(1, B, T, H), "a": full(0.7, H, 2, K), "c": full(1, H, 2, K)}
 
 # A line per gate: op, its arrays, the gate, a value at its border, one beyond, and what the error says.
@@ -53,7 +53,7 @@ GATES = {
         "log_a must be <= 0, got 0.5",
     ),
     "ssm": (
-        diagonal_ssm, SSM, "a", jnp.stack([jnp.cos(ANGLES), jnp.sin(ANGLES)], axis=1), full(0.75, H, 2, K),
+        diagonal_ssm, SSM, "a", ON_THE_CIRCLE, full(0.75, H, 2, K),
         r"the modulus of a must be in \[0, 1\], got 1.06: .*exp\(dt \* rate\)",
     ),
     "dt": (selective_scan, SELECTIVE, "dt", full(0, B, T, H), full(-0.5, B, T, H), "dt must be >= 0, got -0.5: .*softplus"),
