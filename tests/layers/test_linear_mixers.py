@@ -49,7 +49,7 @@ def make(settings, dtype=jnp.float32, layer=LAYER, seed=1):
     def value(path, info):
         if info.role == "constant":
             if path[-1].key == "log_decay":
-                return head_log_decay(settings, context(layer)).astype(dtype)
+                return head_log_decay(settings.decay, settings.heads, context(layer)).astype(dtype)
             assert path[-1].key == "position"
             return jnp.asarray(layer / DEPTH, dtype)
         noise = rng.normal(0, 0.5, info.shape)
