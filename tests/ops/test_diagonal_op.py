@@ -180,7 +180,7 @@ def test_values_and_gradients(name, form, packed):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", ["fixed complex", "ssm", "selective"])
+@pytest.mark.parametrize("name", OPS)
 def test_short_pieces_continue_each_other(name):
     """Cut into pieces shorter than a chunk, longer than one, and of one token that takes the step."""
     op = OPS[name]
@@ -340,15 +340,16 @@ def test_low_precision_inputs_meet_float32_states(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["real", "ssm", "selective"])
+@pytest.mark.parametrize("name", OPS)
 def test_sharded_over_batch_and_channels_without_gathering(name):
     op = OPS[name]
     arrays, state = make(name, np.float32)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    timed = P("data", None, None, "tensor")
+    varying = {"log_a": timed, "b": timed, "state": P("data", None, "tensor")}
+    fixed = varying | {"log_a": P(None, "tensor")}
     specs = {
-        "real": {
-            "log_a": P("data", None, None, "tensor"), "b": P("data", None, None, "tensor"), "state": P("data", None, "tensor")
-        },
+        "real": varying, "complex": varying, "fixed": fixed, "fixed complex": fixed,
         "ssm": {"u": P("data", None, "tensor"), "a": P("tensor"), "c": P("tensor"), "state": P("data", "tensor")},
         "selective": {
             "u": P("data", None, "tensor"), "dt": P("data", None, "tensor"), "a": P("tensor"), "b": P("data"), "c": P("data"),
@@ -357,10 +358,11 @@ def test_sharded_over_batch_and_channels_without_gathering(name):
     }[name]  # fmt: skip
 
     def loss(arrays, state):
-        return sum(jnp.sum(jnp.sin(x)) for x in op.call(arrays, initial_state=state, segment_ids=SEGMENTS, chunk_size=C))
+        out = op.call(arrays, initial_state=state, segment_ids=SEGMENTS, chunk_size=C)
+        return sum(jnp.sum(jnp.sin(x.real) + jnp.cos(x.imag)) for x in out)
 
     place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
-    step = jax.jit(jax.value_and_grad(loss))
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     sharded = {n: place(x, specs[n]) for n, x in arrays.items()}, place(state, specs["state"])
     compiled = step.lower(*sharded).compile()
     for collective in ("all-gather", "all-to-all", "collective-permute"):

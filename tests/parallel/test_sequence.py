@@ -205,16 +205,42 @@ def collectives(fn, *args):
     return sorted(found)
 
 
-@pytest.mark.parametrize("gathered", [True, False])
-def test_traffic_does_not_depend_on_the_number_of_tokens(gathered, monkeypatch):
+# Of each kind of state and transition, forward and backward.
+TRAFFIC = (
+    "linear_attention-scalar", "delta_rule-scalar", "dplr_delta_rule", "diagonal_recurrence", "diagonal_recurrence-constant",
+    "diagonal_ssm", "selective_scan",
+)  # fmt: skip
+
+
+# The logarithmic prefix is one mechanism for all of them.
+FAST_TRAFFIC = [
+    ("linear_attention-scalar", True), ("linear_attention-scalar", False), ("delta_rule-scalar", True),
+    ("diagonal_recurrence", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "gathered"),
+    [
+        (case, gathered) if (case, gathered) in FAST_TRAFFIC else pytest.param(case, gathered, marks=pytest.mark.slow)
+        for case in TRAFFIC
+        for gathered in (True, False)
+    ],
+)
+def test_traffic_does_not_depend_on_the_number_of_tokens(case, gathered, monkeypatch):
     if not gathered:
         monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    op, arrays, state = OPS[case]()
     sent = []
     for length in (64, 512):
-        arrays = (*(jnp.zeros((1, length, H, n)) for n in (K, K, V)), jnp.zeros((1, length, H)))
-        run = loss(partial(linear_attention, chunk_size=8), jnp.zeros((1, length), jnp.int32))
-        inputs = jax.device_put(arrays, jax.NamedSharding(mesh_of(8), jax.P(None, "sequence")))
-        sent.append(collectives(run, inputs, jnp.zeros((1, H, K, V))))
+
+        def zeros(x, length=length):
+            timed = x.shape[1] == T
+            x = jnp.zeros((x.shape[0], length, *x.shape[2:]) if timed else x.shape, x.dtype)
+            return jax.device_put(x, jax.NamedSharding(mesh_of(8), jax.P(None, "sequence") if timed else jax.P()))
+
+        run = loss(op, jnp.zeros((B, length), jnp.int32))
+        sent.append(collectives(run, jax.tree.map(zeros, arrays), state))
     assert sent[0] == sent[1]
     assert any(kind == ("all-gather" if gathered else "collective-permute") for kind, _ in sent[0])
 
