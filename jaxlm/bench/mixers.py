@@ -372,6 +372,7 @@ def draw(result: dict, output: Path) -> bool:
         if column == 0:
             above.set_ylabel("forward + backward, ms")
             below.set_ylabel("temporary memory, MiB")
-    axes[0, 0].legend(frameon=False)
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+    axes[0, 0].legend(handles=[lines[form] for form in FORMS if form in lines], frameon=False)
     figure.savefig(output / "mixers.png", dpi=130)
     return True
