@@ -129,11 +129,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = bench(
         "mixers", bench_mixers_command, "time and memory of every op in every form on this device",
-        "Time every op's recurrent, parallel and chunked form side by side on this device, forward and with its gradient,\n"
-        "over sequence lengths; prints ratios to the recurrent form, writes mixers.json and draws mixers.png (extra: plot).",
+        "Time every op's recurrent, parallel, chunked and FFT form side by side on this device, forward and with its\n"
+        "gradient, over sequence lengths; prints ratios to the recurrent form, writes mixers.json and draws mixers.png\n"
+        "(extra: plot).",
     )  # fmt: skip
     sub.add_argument("--ops", type=names, metavar="A,B", help="ops (default: all)")
-    sub.add_argument("--forms", type=names, metavar="A,B", help="recurrent, parallel, chunked (default: all)")
+    sub.add_argument("--forms", type=names, metavar="A,B", help="recurrent, parallel, chunked, fft (default: all)")
+    sub.add_argument(
+        "--update", action="store_true", help="keep what DIR has of other ops than --ops, if measured with the same versions"
+    )
     sub.add_argument("--lengths", type=numbers, metavar="N,M", help="tokens (default: 512 to 32768, doubling)")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default %(default)s)")
     for letter, what, value in (("B", "rows", 2), ("H", "heads", 4), ("K", "key channels", 64), ("V", "value channels", 64)):
@@ -316,7 +320,7 @@ def bench_mixers_command(arguments: argparse.Namespace) -> None:
     mixers.run(
         arguments.output, ops=arguments.ops, forms=arguments.forms, lengths=arguments.lengths, dtype=arguments.dtype,
         shape=mixers.Shape(arguments.B, arguments.H, arguments.K, arguments.V), rounds=arguments.rounds,
-        budget=arguments.budget, quick=arguments.quick,
+        budget=arguments.budget, quick=arguments.quick, update=arguments.update,
     )  # fmt: skip
 
 

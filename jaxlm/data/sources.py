@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxlm.data.hashing import bernoulli
 from jaxlm.data.tokenizers import Tokenizer, to_utf8
-from jaxlm.schema import Schema, UserError, did_you_mean
+from jaxlm.schema import KnownKind, Schema, UserError, did_you_mean
 
 Weight = Annotated[
     float, Field(gt=0, allow_inf_nan=False, description="Share of the training rows, relative to the other sources.")
@@ -84,6 +84,7 @@ class ArrayRecordSettings(Schema):
 SourceSettings = Annotated[
     PythonStdlibSettings | TextSettings | JsonlSettings | ParquetSettings | ArrayRecordSettings,
     Field(discriminator="kind"),
+    KnownKind(),
 ]
 
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})

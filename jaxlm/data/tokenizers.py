@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32, UInt
 from pydantic import Field
 
-from jaxlm.schema import Schema, UserError, did_you_mean
+from jaxlm.schema import KnownKind, Schema, UserError, did_you_mean
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -34,7 +34,7 @@ class JsonTokenizerSettings(Schema):
     end_of_text: str = Field(END_OF_TEXT, description="The special token of that file which starts every document.")
 
 
-TokenizerSettings = Annotated[BytesTokenizerSettings | JsonTokenizerSettings, Field(discriminator="kind")]
+TokenizerSettings = Annotated[BytesTokenizerSettings | JsonTokenizerSettings, Field(discriminator="kind"), KnownKind()]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -43,7 +43,8 @@ from jaxlm.ops.chunks import (
     to_chunks,
 )
 from jaxlm.ops.forms import choose
-from jaxlm.ops.segments import check_log_decay, check_segment_ids, resets
+from jaxlm.ops.ranges import check_log_decay, check_range
+from jaxlm.ops.segments import check_segment_ids, resets
 from jaxlm.parallel import sequence
 
 # How shards carry a state whose transition is a matrix [K, K].
@@ -70,7 +71,8 @@ def delta_rule(
     all matrix products, whose operands keep the dtype of q, k and v.
 
     The state stays bounded where |k_t| <= 1 and 0 <= beta <= 2; above 1 a step reflects, which gives the transition
-    negative eigenvalues (Grazzi et al. 2024, arXiv 2411.12537).
+    negative eigenvalues (Grazzi et al. 2024, arXiv 2411.12537). Gates outside that range are an error where values are
+    known (`ops.ranges`).
 
     Args:
       q: queries; they read the state after their own token was written.
@@ -79,8 +81,8 @@ def delta_rule(
       beta: [B, T, H], how much of the old value goes and of the new one comes; or [B, T, H, K], the erase gate e of
         S_t = S' + k_t^T (w_t v_t - (e_t k_t) S'), then with `write`, w (GDN-2).
       log_decay: natural logarithm of the decay, <= 0: None for none, [B, T, H] for one a head, [B, T, H, K] for one a
-        key channel. Positive values make the state grow; they are an error where values are known, outside jit.
-      write: [B, T, H, V], with an erase gate alone.
+        key channel. Positive values make the state grow; they are an error where values are known (`ops.ranges`).
+      write: [B, T, H, V], with an erase gate alone; in the same range.
       scale, initial_state, segment_ids: as in `linear_attention`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
         gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPU; its
@@ -91,8 +93,8 @@ def delta_rule(
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit, a chunk_size that is not a power of two, an unknown form, or form="kernel"
-        where the kernel cannot run, with the reason.
+      ValueError: on shapes that do not fit, gates known to be out of range, a chunk_size that is not a power of two, an
+        unknown form, or form="kernel" where the kernel cannot run, with the reason.
     """
     check_inputs(q, {"k": k}, v, log_decay, initial_state, chunk_size)
     if beta.shape not in (q.shape[:3], q.shape):
@@ -106,6 +108,8 @@ def delta_rule(
         raise ValueError(f"write must be [B, T, H, V] = {v.shape} as v, got {write.shape}")
     check_segment_ids(segment_ids, q.shape[:2])
     check_log_decay(log_decay)
+    for name, gate in (("beta", beta), ("write", write)):
+        check_range(name, gate, 0, 2, "it is a gate, such as sigmoid(x), or 2 * sigmoid(x) for negative eigenvalues")
     precise, state = _precision(initial_state, (*q.shape[::2], v.shape[-1]), q, k, v, beta, log_decay, write)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     beta = beta.astype(precise).reshape(*q.shape[:3], -1)

@@ -29,7 +29,8 @@ from jaxtyping import Array, Bool, Complex, Float, Int
 
 from jaxlm.ops import kernels
 from jaxlm.ops.forms import choose
-from jaxlm.ops.segments import check_log_decay, check_segment_ids, resets
+from jaxlm.ops.ranges import check_log_decay, check_range
+from jaxlm.ops.segments import check_segment_ids, resets
 from jaxlm.parallel import sequence
 
 # Backends of XLA that compute with complex numbers.
@@ -57,7 +58,7 @@ def diagonal_recurrence(
 
     Args:
       log_a: natural logarithm of the factor, of real part <= 0: [B, T, *D] as b, or [*D] if it is the same at all times.
-        Larger values make the state grow; they are an error where values are known, outside jit.
+        Larger values make the state grow; they are an error where values are known (`ops.ranges`).
       b: what is added at every token, [B, T, *D], of any number of channel axes.
       initial_state: [B, *D], the h that token 0 continues; None for zeros.
       segment_ids: h is zeroed between two tokens whose ids differ, so that each document of a packed row gets what it
@@ -83,7 +84,7 @@ def diagonal_recurrence(
         if x is not None and jnp.iscomplexobj(x) and not jnp.iscomplexobj(b):
             raise ValueError(f"{name} is complex and b is {b.dtype}; make b complex, h is")
     check_log_decay(log_a, "log_a")
-    platform = jax.default_backend()
+    platform, _ = kernels.target()
     if jnp.iscomplexobj(b) and platform not in COMPLEX_PLATFORMS:
         raise ValueError(
             f"b is {b.dtype}, but {platform} has no complex numbers; use diagonal_ssm, which carries pairs of reals, or a "
@@ -154,6 +155,16 @@ def _start(state, shape: tuple[int, ...], *arrays):
 def _check_state(state, name: str, shape: tuple[int, ...]) -> None:
     if state is not None and state.shape != shape:
         raise ValueError(f"initial_state must be {name} = {shape}, got {state.shape}")
+
+
+def _check_modulus(a: Float[Array, "D 2 N"]) -> None:
+    if not isinstance(a, jax.core.Tracer):
+        with jax.ensure_compile_time_eval():
+            modulus = jnp.linalg.norm(a.astype(_precise(a)), axis=1)
+        # exp(i y) or a quotient of two numbers of one size is 1 but for rounding.
+        most = 1 + 8 * float(jnp.finfo(a.dtype).eps)
+        remedy = "it is a factor of the state, such as exp(dt * rate) with Re rate <= 0"
+        check_range("the modulus of a", modulus, 0, most, remedy)
 
 
 def _resets(segment_ids, shape: tuple[int, int], chunk_size: int):
@@ -333,7 +344,7 @@ def diagonal_ssm(
 
     Args:
       u: inputs.
-      a: factors, |a| <= 1. Larger ones are not checked for, and make the state grow.
+      a: factors, |a| <= 1. Larger ones make the state grow; they are an error where values are known (`ops.ranges`).
       c: read-out.
       initial_state: the h that token 0 continues; None for zeros.
       segment_ids: h is zeroed between two tokens whose ids differ. The first run continues `initial_state`.
@@ -346,13 +357,14 @@ def diagonal_ssm(
       y in u's dtype, and the last h.
 
     Raises:
-      ValueError: on shapes that do not fit, or a form that is unknown or cannot run.
+      ValueError: on shapes that do not fit, values known to be out of range, or a form that is unknown or cannot run.
     """
     if u.ndim != 3 or u.shape[1] < 1:
         raise ValueError(f"u must be [B, T, D] with at least one token, got {u.shape}")
     if a.ndim != 3 or a.shape[:2] != (u.shape[2], 2) or c.shape != a.shape:
         raise ValueError(f"a and c must both be [D, 2, N] with D = {u.shape[2]} as in u, got {a.shape} and {c.shape}")
     _check_state(initial_state, "[B, D, 2, N]", (u.shape[0], *a.shape))
+    _check_modulus(a)
     reset = _resets(segment_ids, u.shape[:2], chunk_size)
     if form in ("auto", "chunked") and sequence.split(u.shape[1]):
         states = ("heads", None, None)
@@ -515,7 +527,7 @@ def selective_scan(
     Args:
       u: inputs.
       dt: step sizes, >= 0.
-      a: rates, <= 0.
+      a: rates, <= 0. Rates or steps of the other sign make the state grow; they are an error where values are known.
       b: what each state takes of the input; channels share it.
       c: what is read of each state; channels share it.
       initial_state: the h that token 0 continues; None for zeros.
@@ -528,7 +540,7 @@ def selective_scan(
       y in u's dtype, and the last h.
 
     Raises:
-      ValueError: on shapes that do not fit, or a form that is unknown or cannot run.
+      ValueError: on shapes that do not fit, values known to be out of range, or a form that is unknown or cannot run.
     """
     if u.ndim != 3 or u.shape[1] < 1:
         raise ValueError(f"u must be [B, T, D] with at least one token, got {u.shape}")
@@ -540,6 +552,8 @@ def selective_scan(
         if x.shape != (*u.shape[:2], a.shape[1]):
             raise ValueError(f"{name} must be [B, T, N] = {(*u.shape[:2], a.shape[1])}, got {x.shape}")
     _check_state(initial_state, "[B, D, N]", (u.shape[0], *a.shape))
+    check_range("dt", dt, 0, math.inf, "it is a step size, such as softplus(x)")
+    check_range("a", a, -math.inf, 0, "it is a rate of decay, such as -exp(x)")
     reset = _resets(segment_ids, u.shape[:2], chunk_size)
     if form in ("auto", "chunked") and sequence.split(u.shape[1]):
         channels, shared = (*_TOKENS, "heads"), (*_TOKENS, None)

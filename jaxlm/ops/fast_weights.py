@@ -22,6 +22,7 @@ is computed for the whole window, with other tokens masked.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -33,7 +34,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.ops.chunks import decay_products, halves, join, product, take_apart, vector_scores
 from jaxlm.ops.forms import choose
+from jaxlm.ops.ranges import check_log_decay, check_range
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets
+from jaxlm.parallel import sequence
 
 NORM_EPS = 1e-6
 Weights = dict[str, Array]
@@ -156,6 +159,7 @@ def _run(op, rule, q, k, v, rate, gates, weights, *, fresh, state, segment_ids, 
     token."""
     batch, length = q.shape[:2]
     check_segment_ids(segment_ids, (batch, length))
+    sequence.split(length)  # Not split natively, but as for every op shards must divide it.
     aligned = state is None and segment_ids is None
     given = fresh if state is None else jax.tree.map(lambda s, f: s.astype(f.dtype), state, fresh)
     fresh = fresh._replace(start=jax.tree.map(jnp.add, fresh.start, weights))
@@ -363,7 +367,7 @@ def moneta(
     Args:
       q, k, v: queries, keys and the values that the inner model learns to make of them.
       rate: step sizes.
-      log_decay: natural logarithm of the decays, <= 0.
+      log_decay: natural logarithm of the decays, <= 0. Positive values are an error where values are known (`ops.ranges`).
       weights: A at the start of documents: "w_in" [H, D, E] and "w_out" [H, E, D].
       norm_scale, norm_bias: of the inner model's LayerNorm, which does not learn at test time.
       p, q_norm: exponents of the loss and of the retention, p >= 1 and q_norm 2 or >= 3.
@@ -374,7 +378,7 @@ def moneta(
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit, exponents out of range, an unknown retention or form.
+      ValueError: on shapes that do not fit, exponents or values known to be out of range, an unknown retention or form.
     """
     if p < 1:
         raise ValueError(f"p must be at least 1, got {p}; the default is 3")
@@ -423,7 +427,7 @@ def yaad(
         W_t = exp(log_decay_t) W_{t-1} - rate_t dl/dW(W_0).
 
     Args:
-      threshold: > 0, the norm from which an error counts as an outlier.
+      threshold: > 0, the norm from which an error counts as an outlier; negative ones are an error where values are known.
       weights: the inner weights at the start of documents.
       For the others see `moneta`. The chunk is part of the model.
 
@@ -431,7 +435,7 @@ def yaad(
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit or an unknown form.
+      ValueError: on shapes that do not fit, values known to be out of range, or an unknown form.
     """
 
     def pull(error, gates):
@@ -481,7 +485,7 @@ def memora(
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit or an unknown form.
+      ValueError: on shapes that do not fit, values known to be out of range, or an unknown form.
     """
     return _miras(lambda error, gates: error, None, q, k, v, rate,
                   {"log_decay": log_decay}, weights, norm_scale, norm_bias,
@@ -499,6 +503,8 @@ def _miras(pull, primal, q, k, v, rate, gates, weights, norm_scale, norm_bias, s
     vectors = {name: (x, shapes[name]) for name, x in gates.items()}
     norm = {"norm_scale": (norm_scale, (heads, channels)), "norm_bias": (norm_bias, (heads, channels))}
     _check_shapes({"rate": (rate, q.shape), **vectors, **norm}, weights, state, fresh)
+    check_log_decay(gates["log_decay"])
+    check_range("threshold", gates.get("threshold"), 0, math.inf, "it is the norm of an error, such as exp(x)")
     norm = (norm_scale.astype(precise)[:, None], norm_bias.astype(precise)[:, None])
     model = partial(_gradients, norm, pull)
     chunk = partial(_memora_chunk, norm, model) if primal is None else partial(_miras_chunk, norm, primal, model)

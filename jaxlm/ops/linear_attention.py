@@ -46,7 +46,8 @@ from jaxlm.ops.chunks import (
     vector_scores,
 )
 from jaxlm.ops.forms import choose
-from jaxlm.ops.segments import check_log_decay, check_segment_ids, resets
+from jaxlm.ops.ranges import check_log_decay
+from jaxlm.ops.segments import check_segment_ids, resets
 from jaxlm.parallel import sequence
 
 
@@ -72,7 +73,7 @@ def linear_attention(
       k: keys.
       v: values.
       log_decay: natural logarithm of the decay, <= 0: None for none, [B, T, H] for one a head, [B, T, H, K] for one a
-        key channel. Positive values make the state grow; they are an error where values are known, outside jit.
+        key channel. Positive values make the state grow; they are an error where values are known (`ops.ranges`).
       scale: multiplies q; None for K ** -0.5.
       initial_state: the state that token 0 continues; None for zeros.
       segment_ids: the state is zeroed between two tokens whose ids differ, so that each document of a packed row gets

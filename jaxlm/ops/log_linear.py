@@ -24,7 +24,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.ops.chunks import decays, from_chunks, product, scalar_weights, to_chunks
 from jaxlm.ops.forms import choose
+from jaxlm.ops.ranges import check_log_decay
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets
+from jaxlm.parallel import sequence
 
 
 class LogLinearState(NamedTuple):
@@ -72,7 +74,8 @@ def log_linear_attention(
       q: queries; they read the state after their own token was written.
       k: keys.
       v: values.
-      log_decay: natural logarithm of each head's decay, <= 0.
+      log_decay: natural logarithm of each head's decay, <= 0. Positive values are an error where values are known
+        (`ops.ranges`).
       level_scales: lambda, of the token that reads; L levels serve documents of up to 2 ** (L - 1) tokens. A document
         that outgrows them (token by token, through states) keeps what is older in the last level.
       scale: multiplies q.
@@ -86,11 +89,14 @@ def log_linear_attention(
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit, fewer levels than T tokens need, or an unknown form.
+      ValueError: on shapes that do not fit, decays known to be positive, fewer levels than T tokens need, shards of the
+        sequence that do not divide it, or an unknown form.
     """
     _check(q, k, v, log_decay, level_scales, initial_state, chunk_size)
     batch, length, heads, keys = q.shape
     check_segment_ids(segment_ids, (batch, length))
+    check_log_decay(log_decay)
+    sequence.split(length)  # Not split natively, but as for every op shards must divide it.
     inputs = [x.dtype for x in (q, k, v, log_decay, level_scales)]
     precise = jnp.promote_types(jnp.result_type(*inputs), jnp.float32)
     state = initial_state

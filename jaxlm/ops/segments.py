@@ -6,10 +6,9 @@ continues whatever state enters the row.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxlm.parallel import sequence
 
@@ -24,17 +23,6 @@ def check_segment_ids(segment_ids: Int[Array, "B T"] | None, shape: tuple[int, i
         raise ValueError(
             f"segment_ids must be integers of shape [B, T] = {shape}, got {segment_ids.dtype} {segment_ids.shape}; "
             "give one id a token"
-        )
-
-
-def check_log_decay(log_decay: Float[Array, ...] | None, name: str = "log_decay") -> None:
-    """Raises ValueError for decays that make the state grow, where values are known: outside jit, not while tracing."""
-    if log_decay is None or isinstance(log_decay, jax.core.Tracer):
-        return
-    largest = float(jnp.max(jnp.real(log_decay)))
-    if largest > 0:
-        raise ValueError(
-            f"{name} must be <= 0, got {largest:.3g}: it is the logarithm of a factor in [0, 1], such as logsigmoid(gate)"
         )
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from jaxlm.optim.schedules import CosineSchedule, ScheduleSettings
 from jaxlm.params import DECAYED_ROLES, ParamInfo, map_info
-from jaxlm.schema import Schema
+from jaxlm.schema import KnownKind, Schema
 
 
 class _OptimizerSettings(Schema):
@@ -54,7 +54,7 @@ class MuonSettings(_OptimizerSettings):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
 
 
-OptimizerSettings = Annotated[AdamWSettings | LionSettings | MuonSettings, Field(discriminator="kind")]
+OptimizerSettings = Annotated[AdamWSettings | LionSettings | MuonSettings, Field(discriminator="kind"), KnownKind()]
 
 MUON_UPDATE_RMS = 0.2
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from pydantic import Field
 
-from jaxlm.schema import Schema, UserError
+from jaxlm.schema import KnownKind, Schema, UserError
 
 
 class ConstantSchedule(Schema):
@@ -36,7 +36,7 @@ class WSDSchedule(Schema):
     final: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak.")
 
 
-ScheduleSettings = Annotated[ConstantSchedule | CosineSchedule | WSDSchedule, Field(discriminator="kind")]
+ScheduleSettings = Annotated[ConstantSchedule | CosineSchedule | WSDSchedule, Field(discriminator="kind"), KnownKind()]
 
 _DECAY_SHAPES = {
     "linear": lambda x: 1 - x,

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.bench import kernel_times, mixers, report, tasks
+from jaxlm.ops import forms
 from jaxlm.schema import UserError
 
 
@@ -31,6 +33,64 @@ def test_mixers_compares_forms_of_one_run(tmp_path, capsys):
     assert "GiB" in skipped["both_skipped"]
     assert "chunked" in capsys.readouterr().out
     assert result["environment"]["devices"].startswith("8 x")
+
+
+# Ops that share the forms of another.
+FORMS_OF = {
+    "moneta": "miras", "yaad": "miras", "memora": "miras", "diagonal_ssm": "diagonal_recurrence",
+    "selective_scan": "diagonal_recurrence",
+}  # fmt: skip
+
+
+def test_every_op_has_a_line_with_its_forms():
+    ops = {line.op.__name__ for line in mixers.OPS.values()}
+    assert ops == set(FORMS_OF) | (set(forms.OPS) - {"miras"})
+    for name, line in mixers.OPS.items():
+        known = set(forms.OPS[FORMS_OF.get(line.op.__name__, line.op.__name__)]) - {"kernel"}
+        # Decays that change in time, as all but diagonal_ssm's do here, have no convolution.
+        assert set(line.forms) == known - (set() if name == "diagonal_ssm" else {"fft"}), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", mixers.OPS)
+def test_every_line_can_be_timed(name):
+    line = mixers.OPS[name]
+    arrays = line.arrays(mixers.Shape(B=1, H=2, K=8, V=8), 8, jnp.dtype("float32"))
+    for form in line.forms:
+        gradients = jax.jit(mixers.function(line.op, form, "both"))(arrays)
+        assert jax.tree.structure(gradients) == jax.tree.structure(arrays)
+        assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(gradients)), form
+
+
+def test_an_update_keeps_the_other_ops_of_a_like_file(tmp_path):
+    settings = {"lengths": [32], "shape": mixers.Shape(B=1, H=1, K=8, V=8), "rounds": 1}
+    mixers.run(tmp_path, ops=["diagonal_recurrence", "linear_attention"], forms=["chunked"], **settings)
+    before = report.read_json(tmp_path / "mixers.json")["rows"]
+    result = mixers.run(tmp_path, ops=["diagonal_recurrence"], forms=["recurrent"], update=True, **settings)
+    assert result == report.read_json(tmp_path / "mixers.json")
+    # In the order of the table, whatever was measured first.
+    assert [(row["op"], row["form"]) for row in result["rows"]] == [
+        ("linear_attention", "chunked"), ("diagonal_recurrence", "recurrent")
+    ]  # fmt: skip
+    assert result["rows"][0] == next(row for row in before if row["op"] == "linear_attention")
+    with pytest.raises(UserError, match="--update: .* was measured with rounds 1 there, 2 here: .* measure all ops"):
+        mixers.run(tmp_path, ops=["attention"], update=True, **{**settings, "rounds": 2})
+    other = {**result, "environment": {**result["environment"], "jax": "0.11"}}
+    report.write_json(tmp_path / "mixers.json", other)
+    with pytest.raises(UserError, match="jax 0.11 there"):
+        mixers.run(tmp_path, ops=["attention"], update=True, **settings)
+    # Without the option the file is the run.
+    [row] = mixers.run(tmp_path, ops=["diagonal_recurrence"], forms=["recurrent"], **settings)["rows"]
+    assert row["op"] == "diagonal_recurrence"
+
+
+def test_parallel_forms_without_scores_are_not_said_to_have_them(tmp_path):
+    shape = mixers.Shape(B=1, H=1, K=8, V=8)
+    result = mixers.run(tmp_path, ops=["diagonal_recurrence", "attention"], forms=["parallel"], lengths=[256], shape=shape,
+                        rounds=1, memory_gib=2.0**-13)  # fmt: skip
+    elementwise, attention = result["rows"]
+    assert "forward_ms" in elementwise
+    assert attention["forward_skipped"].startswith("scores")
 
 
 def test_unknown_names_are_answered_with_the_nearest(tmp_path):

@@ -1,6 +1,7 @@
 """Mixture of memories: against its equations token by token, with documents, states and the router's loss."""
 
 import itertools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,16 @@ from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.mixers.mom import MoM, MoMSettings
 from jaxlm.schema import UserError
 
-WIDTH = 12
+WIDTH, DEPTH, LAYER = 12, 4, 1
 
 
 def make(seed=1, **changes):
     settings = MoMSettings(**{"memories": 3, "top_k": 2, "heads": 2, "expand_v": 2 / 3, "gate_rank": 3, "convolution": 3,
                               "chunk_size": 4, **changes})  # fmt: skip
-    mixer = MoM(settings, LayerContext(WIDTH, 1, jnp.asarray(0)), rngs=nnx.Rngs(0))
+    mixer = MoM(settings, LayerContext(WIDTH, DEPTH, jnp.asarray(LAYER)), rngs=nnx.Rngs(0))
     keys = iter(jax.random.split(jax.random.key(seed), 100))
-    tree = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params_lib.split(mixer)[1])
+    noisy = lambda i, x: x if i.role == "constant" else x + 0.3 * jax.random.normal(next(keys), x.shape)  # noqa: E731
+    tree = params_lib.map_info(noisy, params_lib.describe(mixer), params_lib.split(mixer)[1])
     return nnx.merge(params_lib.split(mixer)[0], tree)
 
 
@@ -59,7 +61,10 @@ def memory(p, settings, x, r):
     rule, heads = settings.rule, settings.heads
     q, k, v = x @ p["q"]["kernel"], x @ p["k"]["kernel"][r], x @ p["v"]["kernel"][r]
     if settings.convolution:
-        q, k, v = (convolve(y, p["convolve"][name]["weight"]) for name, y in (("q", q), ("k", k), ("v", v)))
+        taps = {name: p["convolve"][name]["weight"] for name in p["convolve"]}
+        q, k, v = (convolve(y, taps[name]) if name in taps else y for name, y in (("q", q), ("k", k), ("v", v)))
+    elif rule == "hgrn2":
+        q = q * sigmoid(q)
     q, k, v = (y.reshape(len(x), heads, -1) for y in (q, k, v))
     delta = rule in ("deltanet", "gated_deltanet", "kda")
     if delta:
@@ -67,23 +72,32 @@ def memory(p, settings, x, r):
     g = np.zeros((len(x), heads, 1))
     if rule == "retention":
         g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[:, None]
-    if rule in ("simple_gla", "gated_deltanet"):
+    if rule == "lightning":
+        g = g - (8 / heads * (1 - LAYER / DEPTH) * np.arange(heads))[:, None]
+    if rule == "hgrn2":
+        odds = LAYER / (DEPTH - LAYER) * np.exp(p["bound_logit"].reshape(heads, -1))
+        bound = odds / (1 + odds)
+        forget = bound + (1 - bound) * sigmoid(k)
+        g, k = np.log(forget), 1 - forget
+    if rule in ("simple_gla", "mamba2", "gated_deltanet"):
         g = (x @ p["decay"]["up"]["kernel"][r])[..., None]
     if rule in ("gla", "kda"):
         g = (x @ p["decay"]["down"]["kernel"][r] @ p["decay"]["up"]["kernel"][r]).reshape(len(x), heads, -1)
     if rule in ("simple_gla", "gla"):
         g = -softplus(-(g + p["decay"]["bias"][r].reshape(heads, -1))) / 16
-    if rule in ("gated_deltanet", "kda"):
-        g = -np.exp(p["decay"]["a_log"])[:, None] * softplus(g + p["decay"]["dt_bias"].reshape(heads, -1))
+    if rule in ("mamba2", "gated_deltanet", "kda"):
+        step = softplus(g + p["decay"]["dt_bias"].reshape(heads, -1))
+        g = -np.exp(p["decay"]["a_log"])[:, None] * step
     state = np.zeros((heads, k.shape[-1], v.shape[-1]))
     out = []
     for t in range(len(x)):
         state = np.exp(g[t])[..., None] * state
-        write = v[t]
+        write = step[t] * v[t] if rule == "mamba2" else v[t]
         if delta:
             write = beta[t][:, None] * (v[t] - np.einsum("hk,hkv->hv", k[t], state))
         state = state + k[t][..., None] * write[:, None]
-        out.append(np.einsum("hk,hkv->hv", q[t], state) / np.sqrt(k.shape[-1]))
+        read = np.einsum("hk,hkv->hv", q[t], state)
+        out.append(read + p["skip"][:, None] * v[t] if rule == "mamba2" else read / np.sqrt(k.shape[-1]))
     return np.stack(out)
 
 
@@ -121,13 +135,17 @@ def expected_rows(mixer, x, lengths):
 
 LENGTHS = (6, 1, 4)
 IDS = jnp.repeat(jnp.asarray([[4, 1, 4]] * 2), jnp.asarray(LENGTHS), axis=1, total_repeat_length=11)
+RULES = typing.get_args(MoMSettings.model_fields["rule"].annotation)
 CASES = {
-    **{rule: {"rule": rule} for rule in ("linear", "retention", "simple_gla", "gla", "deltanet", "gated_deltanet", "kda")},
+    **{rule: {"rule": rule} for rule in RULES},
     "one of many, alone": {"rule": "gla", "memories": 5, "top_k": 1, "shared": False, "convolution": 0},
+    "hgrn2, no convolution": {"rule": "hgrn2", "convolution": 0},
 }
 
 
+# One of each op; the gates of the others are tested with these by the slow lane.
 FAST = ("gla", "gated_deltanet")
+each_rule = pytest.mark.parametrize("rule", [r if r in FAST else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 
 
 @pytest.mark.parametrize("case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
@@ -142,9 +160,10 @@ def test_equals_its_equations_with_and_without_a_state(case):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_every_memory_continues_its_own_state():
+@pytest.mark.parametrize("rule", [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+def test_every_memory_continues_its_own_state(rule):
     """Pieces with a border inside, at their edge, and single tokens continue what each memory had."""
-    mixer, x = make(), rows(12)
+    mixer, x = make(rule=rule), rows(12)
     state = mixer.init_state(2, 12, jnp.float32)
     shapes = jax.tree.map(lambda s: (s.shape, s.dtype), state)
     out = []
@@ -162,7 +181,7 @@ def test_every_memory_continues_its_own_state():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, fresh)
 
 
-@pytest.mark.parametrize("rule", ["gla", "gated_deltanet"])
+@each_rule
 def test_later_tokens_do_not_change_earlier_outputs_by_one_bit(rule):
     mixer, x = make(rule=rule), rows()
     for begin in (2, 5, 8):
@@ -185,8 +204,9 @@ def test_auxiliary_loss_of_an_even_and_a_padded_row():
     np.testing.assert_allclose(call(mixer, x, None, ids)[2], 0.01 * 2, rtol=1e-6)
 
 
-def test_the_router_learns_from_the_output_and_from_the_loss():
-    mixer, x = make(rule="gla"), rows()
+@pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+def test_the_router_learns_from_the_output_and_from_the_loss(rule):
+    mixer, x = make(rule=rule), rows()
     graphdef, tree = params_lib.split(mixer)
 
     @jax.jit
@@ -206,8 +226,9 @@ def test_the_router_learns_from_the_output_and_from_the_loss():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), again, output)
 
 
-def test_rows_of_a_batch_stay_on_their_devices():
-    mixer, x = make(rule="gla"), rows()
+@pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+def test_rows_of_a_batch_stay_on_their_devices(rule):
+    mixer, x = make(rule=rule), rows()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     compiled = jax.jit(lambda mixer, x: mixer(x, None, IDS)[0]).lower(mixer, spread).compile()

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 from jaxlm import params as params_lib
+from jaxlm.layers import mixers as mixers_module
 from jaxlm.layers.ffn import SwiGLU, SwiGLUSettings
 from jaxlm.layers.mixers.attention import Attention, AttentionSettings
-from jaxlm.layers.mixers.cross import CrossAttentionSettings, GMUSettings
+from jaxlm.layers.mixers.cross import CrossAttentionSettings, GMUSettings, KeyValueSettings
 from jaxlm.layers.mixers.delta import DeltaNetSettings, GatedDeltaNetSettings, KDASettings
 from jaxlm.layers.mixers.gla import GLASettings
 from jaxlm.layers.mixers.hgrn import HGRNSettings
@@ -48,9 +49,13 @@ MIXERS = {
     "attention-differential": AttentionSettings(heads=8, kv_heads=4, differential=True, biases=("q", "v", "output")),
     "mla": MLASettings(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
     "mom": MoMSettings(heads=2, chunk_size=8),
+    "mom-hgrn2": MoMSettings(heads=2, rule="hgrn2", chunk_size=8),
+    "mom-mamba2": MoMSettings(heads=2, rule="mamba2", shared=False, chunk_size=8),
     "deltanet": DeltaNetSettings(heads=2, chunk_size=8),
+    "deltanet-negative": DeltaNetSettings(heads=2, negative_eigenvalues=True, chunk_size=8),
     "gated-deltanet": GatedDeltaNetSettings(heads=2, value_heads=4, head_dim=8, chunk_size=8),
     "kda": KDASettings(heads=2, decay_bound=-5.0, chunk_size=8),
+    "gdn2": KDASettings(heads=2, gates="channel", negative_eigenvalues=True, chunk_size=8),
     "hgrn": HGRNSettings(chunk_size=8),
     "hgrn2": HGRN2Settings(head_dim=8, chunk_size=8),
     "lightnet": LightNetSettings(head_dim=8, gate_rank=4, chunk_size=8),
@@ -59,6 +64,8 @@ MIXERS = {
     "mingru": MinGRUSettings(chunk_size=8),
     "minlstm": MinLSTMSettings(chunk_size=8),
     "s4d": S4DSettings(state=8, chunk_size=8),
+    "s4d-inv-bilinear": S4DSettings(state=8, initialisation="inv", discretisation="bilinear", chunk_size=8),
+    "s4d-real": S4DSettings(state=8, initialisation="real", chunk_size=8),
     "log-linear": LogLinearSettings(heads=2, max_length=32, chunk_size=8),
     "ttt": TTTLinearSettings(head_dim=16, chunk_size=4),
     "moneta": MonetaSettings(heads=2, expansion=2, gate_rank=4, chunk_size=4),
@@ -108,6 +115,19 @@ def sambay(**changes):
     )  # fmt: skip
 
 
+def yoco(**changes):
+    """Windows, then keys and values made once for the cross-attention of the second half, which has no cache."""
+    mixers = {
+        "swa": MIXERS["attention-window"], "kv": KeyValueSettings(kv_heads=2, head_dim=8, k_norm=True),
+        "cross": CrossAttentionSettings(heads=4, head_dim=8, rope_base=10_000.0),
+    }  # fmt: skip
+    stages = [{"pattern": ["swa"]}, {"pattern": ["kv"]}, {"pattern": ["cross"], "repeat": 2}]
+    return ModelSettings(
+        vocab_size=VOCAB, width=32, depth=4, pattern=None, stages=stages, mixers=mixers, ffn=SwiGLUSettings(hidden=48),
+        **changes,
+    )  # fmt: skip
+
+
 def rwkv7(**changes):
     """A first layer whose values the later ones mix into theirs, and channel mixers with a state."""
     roles = {"1": "make", "2": "mix"}
@@ -141,13 +161,14 @@ def call(model, tokens, state=None, segment_ids=None):
     return model(tokens, state, segment_ids)
 
 
-MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "sambay": sambay}
+MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "sambay": sambay, "yoco": yoco}
 
 
 # One of each kind of state stays in the fast lane; its siblings' mathematics is tested with their layers there.
 SLOW = {
     "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
-    "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid",
+    "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "deltanet-negative",
+    "gdn2", "s4d-inv-bilinear", "s4d-real", "yoco",
 }  # fmt: skip
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
 
@@ -155,6 +176,12 @@ CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for 
 @pytest.fixture(scope="module", params=CASES)
 def model(request):
     return build(MODELS[request.param]() if request.param in MODELS else settings_for(MIXERS[request.param]))
+
+
+def test_every_kind_of_mixer_has_a_line():
+    lines = {mixer.kind for mixer in MIXERS.values()}
+    models = {settings.mixer(name).kind for make in MODELS.values() for settings in [make()] for name in settings.layer_names()}
+    assert lines | models == set(mixers_module.MIXERS)
 
 
 # Few different shapes: compiling takes these tests most of their time.
@@ -294,6 +321,7 @@ def test_compute_dtype_is_that_of_activations_only():
     [
         ({"pattern": ("gla", "atention")}, "unknown mixer 'atention'; did you mean 'attention'"),
         ({"mixers": {"swa": AttentionSettings()}}, "swa not used by the pattern"),
+        ({"mixers": {"m": {"kind": "gated_deltnet"}}}, "unknown kind 'gated_deltnet'; did you mean 'gated_deltanet'"),
         ({"stages": [{"pattern": ["gla"]}]}, "pattern and stages are both given"),
         ({"pattern": None}, "pattern and stages are both null"),
         ({"pattern": ("gla", "gmu")}, "'gmu' reads 'memory', which no earlier block makes; put a mixer with produces: memory"),
@@ -307,6 +335,15 @@ def test_compute_dtype_is_that_of_activations_only():
 def test_wrong_patterns_are_named(changes, words):
     with pytest.raises(ValueError, match=words):
         ModelSettings(vocab_size=VOCAB, **changes)
+
+
+def test_mixers_are_read_strictly_and_lists_stand_for_tuples():
+    """What suggests kinds in Python leaves the reading of config files alone."""
+    read = lambda text: ModelSettings.model_validate_json(text, strict=True)  # noqa: E731
+    settings = read('{"pattern": ["m"], "mixers": {"m": {"kind": "attention", "biases": ["q", "v"]}}}')
+    assert settings.mixer("m").biases == ("q", "v")
+    with pytest.raises(ValueError, match="valid integer"):
+        read('{"pattern": ["m"], "mixers": {"m": {"kind": "attention", "heads": "4"}}}')
 
 
 def test_head_dims_that_do_not_divide_are_named():

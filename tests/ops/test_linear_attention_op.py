@@ -57,6 +57,18 @@ def test_gradient_holds_nothing_quadratic_and_no_state_a_token(decay):
     assert largest("recurrent") >= B * H * T * K * V
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [None, "scalar", "vector"])
+def test_memory_of_the_gradient_is_linear_and_a_few_times_the_inputs(decay):
+    used = []
+    for T in (1024, 2048):
+        arrays, state = inputs(0, 2, T, 4, 64, 64, decay)
+        compiled = value_and_gradients("chunked").lower(arrays, state).compile()
+        used.append(compiled.memory_analysis().temp_size_in_bytes / sum(x.nbytes for x in arrays))
+    assert used[1] < 4
+    assert used[1] < 1.1 * used[0]
+
+
 @pytest.mark.parametrize("decay", [None, "scalar", "vector"])
 def test_residuals_are_the_inputs_and_a_state_a_group(decay):
     arrays, state = inputs(0, 1, 64, 2, 8, 8, decay)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.log_linear import LogLinearState, levels_for, log_linear_attention, log_linear_state
@@ -158,6 +160,28 @@ def test_gradient_holds_nothing_quadratic():
     shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"f32\[([\d,]+)\]", text)]
     # 16 chunks of 9 matrices of 16 by 16.
     assert max(map(math.prod, shapes)) == 16 * 9 * 16 * 16 < 512 * 512
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_sharded_over_batch_and_heads_without_gathering(form):
+    arrays = [jnp.asarray(x, jnp.float32) for x in inputs(8)]
+    digits = jnp.asarray(np.random.default_rng(8).normal(size=(B, H, L - 1, K, V)), jnp.float32)
+
+    def loss(arrays, digits):
+        state = LogLinearState(digits, jnp.asarray([11, 0], jnp.int32))
+        o, final = log_linear_attention(*arrays, initial_state=state, segment_ids=SEGMENTS, form=form, chunk_size=FORMS[form])
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(final.digits)), o
+
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))  # noqa: E731
+    sharded = [place(x, "data", None, "tensor") for x in arrays], place(digits, "data", "tensor")
+    step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    compiled = step.lower(*sharded).compile()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text(), collective
+    for x, y in zip(jax.tree.leaves(compiled(*sharded)), jax.tree.leaves(step(arrays, digits)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-5 * max(1, np.abs(y).max()))
 
 
 @pytest.mark.parametrize(("length", "levels"), [(1, 2), (2, 2), (3, 3), (4, 3), (5, 4), (2048, 12)])

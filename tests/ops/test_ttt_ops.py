@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.ops.fast_weights import FastState, memora, miras_state, moneta, ttt_linear, ttt_state, yaad
 
@@ -222,6 +224,34 @@ def test_later_tokens_do_not_change_earlier_outputs_by_one_bit(x64, name, packed
     for (before, _), (after, _) in zip(*(halves(name, x, packed) for x in (arrays, changed)), strict=True):
         np.testing.assert_array_equal(before[:, :6], after[:, :6])
         assert not np.array_equal(before[:, 6:8], after[:, 6:8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ttt", "moneta", "yaad", "memora"])
+def test_sharded_over_batch_and_heads_without_gathering(x64, name):
+    op, options, _ = CASES[name]
+    arrays, state = inputs(name, 4), empty(name)
+
+    def loss(arrays, state):
+        o, final = op(**arrays, **options, chunk_size=C, initial_state=state, segment_ids=SEGMENTS)
+        return sum(jnp.sum(jnp.sin(x)) for x in [o, *jax.tree.leaves((final.start, final.change))]), o
+
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+
+    def place(axes, tree):
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*axes[: x.ndim]))), tree)
+
+    def axes_of(name):
+        of_heads = name == "weights" or "norm" in name
+        return () if name == "token_scale" else ("tensor",) if of_heads else ("data", None, "tensor")
+
+    sharded = {n: place(axes_of(n), x) for n, x in arrays.items()}, place(("data", "tensor"), state)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    compiled = step.lower(*sharded).compile()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text(), collective
+    for x, y in zip(jax.tree.leaves(compiled(*sharded)), jax.tree.leaves(step(arrays, state)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-9 * max(1, np.abs(y).max()))
 
 
 def test_thresholds_of_yaad_split_the_errors(x64):

@@ -18,7 +18,9 @@ from jaxlm.ops.attention import attention
 from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
+from jaxlm.ops.fast_weights import ttt_linear
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.log_linear import log_linear_attention
 from jaxlm.ops.segments import positions_in_runs, resets, run_index
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import use_mesh
@@ -203,16 +205,42 @@ def collectives(fn, *args):
     return sorted(found)
 
 
-@pytest.mark.parametrize("gathered", [True, False])
-def test_traffic_does_not_depend_on_the_number_of_tokens(gathered, monkeypatch):
+# Of each kind of state and transition, forward and backward.
+TRAFFIC = (
+    "linear_attention-scalar", "delta_rule-scalar", "dplr_delta_rule", "diagonal_recurrence", "diagonal_recurrence-constant",
+    "diagonal_ssm", "selective_scan",
+)  # fmt: skip
+
+
+# The logarithmic prefix is one mechanism for all of them.
+FAST_TRAFFIC = [
+    ("linear_attention-scalar", True), ("linear_attention-scalar", False), ("delta_rule-scalar", True),
+    ("diagonal_recurrence", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "gathered"),
+    [
+        (case, gathered) if (case, gathered) in FAST_TRAFFIC else pytest.param(case, gathered, marks=pytest.mark.slow)
+        for case in TRAFFIC
+        for gathered in (True, False)
+    ],
+)
+def test_traffic_does_not_depend_on_the_number_of_tokens(case, gathered, monkeypatch):
     if not gathered:
         monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    op, arrays, state = OPS[case]()
     sent = []
     for length in (64, 512):
-        arrays = (*(jnp.zeros((1, length, H, n)) for n in (K, K, V)), jnp.zeros((1, length, H)))
-        run = loss(partial(linear_attention, chunk_size=8), jnp.zeros((1, length), jnp.int32))
-        inputs = jax.device_put(arrays, jax.NamedSharding(mesh_of(8), jax.P(None, "sequence")))
-        sent.append(collectives(run, inputs, jnp.zeros((1, H, K, V))))
+
+        def zeros(x, length=length):
+            timed = x.shape[1] == T
+            x = jnp.zeros((x.shape[0], length, *x.shape[2:]) if timed else x.shape, x.dtype)
+            return jax.device_put(x, jax.NamedSharding(mesh_of(8), jax.P(None, "sequence") if timed else jax.P()))
+
+        run = loss(op, jnp.zeros((B, length), jnp.int32))
+        sent.append(collectives(run, jax.tree.map(zeros, arrays), state))
     assert sent[0] == sent[1]
     assert any(kind == ("all-gather" if gathered else "collective-permute") for kind, _ in sent[0])
 
@@ -258,10 +286,18 @@ def test_attention_sees_all_shards_before(window):
     assert (gathered >= B * T * 2 * K * 4) == (window != 3)
 
 
-def test_shards_that_do_not_divide_the_sequence_are_an_error():
-    q = jnp.zeros((1, 12, 1, 2))
+@pytest.mark.parametrize("op", ["linear_attention", "log_linear_attention", "ttt_linear"])
+def test_shards_that_do_not_divide_the_sequence_are_an_error(op):
+    q, gate = jnp.zeros((1, 12, 1, 2)), jnp.zeros((1, 12, 1))
+    norm, weights = jnp.ones((1, 2)), {"w": jnp.zeros((1, 2, 2)), "b": jnp.zeros((1, 2))}
+    calls = {
+        "linear_attention": lambda: linear_attention(q, q, q),
+        # Not split natively; XLA would pad them in silence.
+        "log_linear_attention": lambda: log_linear_attention(q, q, q, gate, jnp.ones((1, 12, 1, 5))),
+        "ttt_linear": lambda: ttt_linear(q, q, q, gate, jnp.ones(4), weights, norm, norm, chunk_size=4),
+    }
     with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):
-        linear_attention(q, q, q)
+        calls[op]()
 
 
 def test_a_convolution_wider_than_a_shard_is_an_error():

@@ -39,7 +39,7 @@ from jaxlm.layers.mixers.retention import Retention, RetentionSettings
 from jaxlm.layers.mixers.rwkv7 import RWKV7, RWKV7Settings
 from jaxlm.layers.mixers.s4d import S4D, S4DSettings
 from jaxlm.layers.mixers.ttt import TTTLinear, TTTLinearSettings
-from jaxlm.schema import Schema
+from jaxlm.schema import KnownKind, Schema
 
 MixerSettings = Annotated[
     AttentionSettings
@@ -69,6 +69,7 @@ MixerSettings = Annotated[
     | MemoraSettings
     | RetentionSettings,
     Field(discriminator="kind"),
+    KnownKind(),
 ]
 
 # kind -> (settings, module)

@@ -33,6 +33,17 @@ class HGRNSettings(Schema):
         return 2.0 * self.size(width)
 
 
+def forget_gate(
+    forget: Float[Array, "*X"], bound_logit: Float[Array, "*D"]
+) -> tuple[Float[Array, "*X"], Float[Array, "*X"]]:
+    """log f and 1 - f of f = l + (1 - l) sigmoid(forget), with the lower bound as log l - log(1 - l)."""
+    low, rest = jax.nn.log_sigmoid(bound_logit), jax.nn.log_sigmoid(-bound_logit)
+    # A sum of two numbers that make one, which rounding may leave above it.
+    log_f = jnp.minimum(jnp.logaddexp(low, rest + jax.nn.log_sigmoid(forget)), 0)
+    # 1 - f, without the cancellation.
+    return log_f, jax.nn.sigmoid(-bound_logit) * jax.nn.sigmoid(-forget)
+
+
 class HGRN(nnx.Module):
     """h_t = f_t h_{t-1} + (1 - f_t) silu(W_i x_t), f_t = l + (1 - l) sigmoid(W_f x_t); RMSNorm(h) swish(W_g x) W_o.
 
@@ -63,11 +74,9 @@ class HGRN(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], State]:
         bound = self.lower_bound_logit()
         forget = constrain(self.forget(x), "batch", "sequence", "heads").astype(jnp.float32)
-        log_f = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
-        # 1 - f, without the cancellation.
-        write = jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget) * jax.nn.silu(self.input(x)).astype(jnp.float32)
+        log_f, rest = forget_gate(forget, bound)
         h, recurrent = diagonal_recurrence(
-            log_f, write,
+            log_f, rest * jax.nn.silu(self.input(x)).astype(jnp.float32),
             initial_state=None if state is None else state["recurrent"],
             segment_ids=segment_ids, chunk_size=self.settings.chunk_size,
         )  # fmt: skip

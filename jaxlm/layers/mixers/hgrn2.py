@@ -21,6 +21,7 @@ from jaxlm.layers.mixers.common import (
     split_heads,
     zeros_state,
 )
+from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.params import param
 from jaxlm.schema import Schema
@@ -71,12 +72,10 @@ class HGRN2(nnx.Module):
         bound = (self.bound_logit[...] + jnp.log(position) - jnp.log1p(-position)).reshape(self.heads, -1)
         q = split_heads(jax.nn.silu(self.q(x)), self.heads)
         forget = split_heads(self.forget(x), self.heads).astype(jnp.float32)
-        log_f = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + jax.nn.log_sigmoid(forget))
-        # 1 - f, without the cancellation.
-        k = (jax.nn.sigmoid(-bound) * jax.nn.sigmoid(-forget)).astype(x.dtype)
+        log_f, k = forget_gate(forget, bound)
         initial = None if state is None else state["recurrent"]
         o, recurrent = linear_attention(
-            q, k, split_heads(self.input(x), self.heads), log_f,
+            q, k.astype(x.dtype), split_heads(self.input(x), self.heads), log_f,
             initial_state=initial, segment_ids=segment_ids, chunk_size=self.settings.chunk_size,
         )  # fmt: skip
         return self.output(o.reshape(*x.shape[:2], 1, -1), x), {"recurrent": recurrent}

@@ -69,7 +69,8 @@ def running_logsumexp(
     _, z = jax.lax.associative_scan(join, (first, sums), axis=1)
     start = jnp.full_like(z[:, 0], -jnp.inf) if before is None else before
     previous = jnp.concatenate([start[:, None], z[:, :-1]], axis=1)
-    return z, jnp.where(first | (previous == -jnp.inf), 0, previous - z)
+    # Sums never fall, but rounding may make them.
+    return z, jnp.where(first | (previous == -jnp.inf) | (previous > z), 0, previous - z)
 
 
 class LightNet(nnx.Module):

@@ -14,7 +14,9 @@ from jaxlm.layers.convolution import ShortConvolution
 from jaxlm.layers.linear import Dense
 from jaxlm.layers.mixers.common import ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops
 from jaxlm.layers.mixers.delta import l2_normalise
+from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.mamba2 import dt_bias
+from jaxlm.layers.mixers.retention import head_log_decay
 from jaxlm.ops.delta_rule import delta_rule
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.segments import resets, run_index
@@ -25,18 +27,24 @@ from jaxlm.schema import Schema, UserError
 
 DELTA_RULES = ("deltanet", "gated_deltanet", "kda")
 # The log decay's projection: one number a head, or one a key channel through a low rank.
-SCALAR_GATES = ("simple_gla", "gated_deltanet")
+SCALAR_GATES = ("simple_gla", "mamba2", "gated_deltanet")
 VECTOR_GATES = ("gla", "kda")
+# Decays of a rate and a step size.
+STEPS = ("mamba2", "gated_deltanet", "kda")
+# Decays that do not depend on the data, by the name that `head_log_decay` has for them.
+FIXED = {"retention": "retnet", "lightning": "lightning"}
 
 
 class MoMSettings(Schema):
     """Linear attention or a delta rule on several states, of which a token reads and writes a few."""
 
     kind: Literal["mom"] = "mom"
-    rule: Literal["linear", "retention", "simple_gla", "gla", "deltanet", "gated_deltanet", "kda"] = Field(
+    rule: Literal[
+        "linear", "retention", "lightning", "simple_gla", "gla", "hgrn2", "mamba2", "deltanet", "gated_deltanet", "kda"
+    ] = Field(
         "gated_deltanet",
-        description="Recurrence of a memory. Decay: none in linear and deltanet; fixed in retention; a gate a head in "
-        "simple_gla and gated_deltanet; a gate a key channel in gla and kda.",
+        description="Recurrence of a memory. Decay: none in linear and deltanet; fixed in retention and lightning; a gate a "
+        "head in simple_gla, mamba2 and gated_deltanet; a gate a key channel in gla, hgrn2 and kda.",
     )
     memories: int = Field(4, gt=0, description="Number of memories that the router chooses from.")
     top_k: int = Field(2, gt=0, description="Memories a token goes to.")
@@ -86,27 +94,28 @@ class _Stack(nnx.Module):
 
 
 class _Decay(nnx.Module):
-    """The log decay of every token in every memory, float32 [B, T, R, G]: G one a head, or one a key channel."""
+    """The log decay of every token in every memory, float32 [B, T, R, G], G one a head or one a key channel; and the step
+    size that it is made of, if it is."""
 
     def __init__(self, settings: MoMSettings, width: int, memories: int, keys: int, *, rngs: nnx.Rngs):
         heads, rank = settings.heads, settings.gate_rank
-        vector, gated = settings.rule in VECTOR_GATES, settings.rule in DELTA_RULES
+        vector, steps = settings.rule in VECTOR_GATES, settings.rule in STEPS
         gates = keys if vector else heads
         self.down = _Stack(memories, width, rank, ("embed", None), rngs=rngs) if vector else None
         self.up = _Stack(memories, rank if vector else width, gates, (None if vector else "embed", "heads"), rngs=rngs)
-        # Delta rules: rates of 1 to 16, step sizes log-uniform from 0.001 to 0.1, common to all memories.
+        # Rates of 1 to 16, step sizes log-uniform from 0.001 to 0.1, common to all memories.
         rates = jnp.log(jax.random.uniform(rngs.params(), (heads,), minval=1, maxval=16))
-        self.a_log = param(rates, ("heads",), "dynamics") if gated else None
-        self.dt_bias = param(dt_bias(rngs.params(), (gates,), 1e-3, 0.1), ("heads",), "dynamics") if gated else None
-        self.bias = None if gated else param(jnp.zeros((memories, gates)), (None, "heads"), "bias")
+        self.a_log = param(rates, ("heads",), "dynamics") if steps else None
+        self.dt_bias = param(dt_bias(rngs.params(), (gates,), 1e-3, 0.1), ("heads",), "dynamics") if steps else None
+        self.bias = None if steps else param(jnp.zeros((memories, gates)), (None, "heads"), "bias")
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R G"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T R G"], Float[Array, "B T R G"] | None]:
         gate = self.up(x if self.down is None else self.down(x)).astype(jnp.float32)
         if self.a_log is None:
-            return jax.nn.log_sigmoid(gate + self.bias[...]) / 16
+            return jax.nn.log_sigmoid(gate + self.bias[...]) / 16, None
         step = jax.nn.softplus(gate + self.dt_bias[...])
         rate = jnp.exp(self.a_log[...])
-        return -jnp.repeat(rate, step.shape[-1] // rate.shape[0]) * step
+        return -jnp.repeat(rate, step.shape[-1] // rate.shape[0]) * step, step
 
 
 class _Groups(NamedTuple):
@@ -141,6 +150,11 @@ class MoM(nnx.Module):
     in their order: others neither write it nor let it decay, and its convolutions see its own tokens alone (what the
     reference does at inference; in training its convolutions run over the borders of memories).
 
+    A rule is the recurrence of the mixer of that name, with these projections, convolutions and outputs around it: no
+    rotary embedding in retention; B, C and x of mamba2 are k, q and v, a B and a C for each head, and its skip D x is
+    added a memory; hgrn2's forget gate is k's projection, which has no convolution. RWKV-7, whose projections see the token
+    before, and LightNet, whose sums would depend on where a memory begins in its row, are no rules here.
+
     Without a state, the tokens of each memory lie one after the other in one row, each memory from a multiple of the
     chunk size on, so that a token's place in its chunk depends on earlier tokens alone. The op then runs over
     T (top_k + shared) tokens and a few empty chunks. With a state, every memory is a row of its own of T tokens, the
@@ -159,6 +173,10 @@ class MoM(nnx.Module):
         self.k = _Stack(memories, width, keys, ("embed", "heads"), rngs=rngs)
         self.v = _Stack(memories, width, values, ("embed", "heads"), rngs=rngs)
         sizes = {"q": keys, "k": keys, "v": values} if settings.convolution else {}
+        if settings.rule == "hgrn2":
+            sizes.pop("k", None)
+            self.bound_logit = param(jnp.zeros(keys), ("heads",), "dynamics")
+            self.position = param(jnp.asarray(context.index / context.depth, jnp.float32), (), "constant")
         self.convolve = nnx.Dict(
             {name: ShortConvolution(size, settings.convolution, axis="heads", rngs=rngs) for name, size in sizes.items()}
         )
@@ -166,6 +184,10 @@ class MoM(nnx.Module):
         self.decay = (
             _Decay(settings, width, memories, keys, rngs=rngs) if settings.rule in (*SCALAR_GATES, *VECTOR_GATES) else None
         )
+        # Lightning's rates differ between layers, so stacked layers must carry them as an array.
+        fixed = FIXED.get(settings.rule)
+        self.rates = param(head_log_decay(fixed, heads, context), ("heads",), "constant") if fixed else None
+        self.skip = param(jnp.ones(heads), ("heads",), "dynamics") if settings.rule == "mamba2" else None
         self.output = HeadOutput(context, values, self.value_dim, gate=settings.output_gate, rngs=rngs)
 
     def __call__(
@@ -242,16 +264,26 @@ class MoM(nnx.Module):
         return self.settings.balance * self.settings.memories * jnp.sum(share * mean)
 
     def _recur(self, x, q, k, v, groups: _Groups, initial, size: int):
-        rule, heads = self.settings.rule, self.settings.heads
-        log_decay = None
-        if rule == "retention":
-            rates = jnp.log1p(-(2.0 ** (-5 - jnp.arange(heads, dtype=jnp.float32))))
-            log_decay = groups.fill(jnp.broadcast_to(rates, k.shape[:3]))
+        rule = self.settings.rule
+        log_decay = step = None
+        if self.rates is not None:
+            log_decay = jnp.broadcast_to(jax.lax.stop_gradient(self.rates[...]), k.shape[:3])
+        elif rule == "hgrn2":
+            q = q if self.convolve else jax.nn.silu(q)
+            position = jax.lax.stop_gradient(self.position[...])
+            bound = (self.bound_logit[...] + jnp.log(position) - jnp.log1p(-position)).reshape(k.shape[2:])
+            log_decay, rest = forget_gate(k.astype(jnp.float32), bound)
+            k = rest.astype(k.dtype)
         elif self.decay is not None:
-            log_decay = groups.fill(groups.gather(self.decay(x)))
+            log_decay, step = (None if y is None else groups.gather(y) for y in self.decay(x))
             if rule in VECTOR_GATES:
                 log_decay = log_decay.reshape(k.shape)
+        log_decay = None if log_decay is None else groups.fill(log_decay)
         common = {"initial_state": initial, "segment_ids": groups.ids, "chunk_size": size}
+        if rule == "mamba2":
+            write = groups.fill((step[..., None] * v).astype(v.dtype))
+            o, recurrent = linear_attention(q, groups.fill(k), write, log_decay, scale=1.0, **common)
+            return o + self.skip[...].astype(o.dtype)[:, None] * v, recurrent
         if rule not in DELTA_RULES:
             return linear_attention(q, groups.fill(k), groups.fill(v), log_decay, **common)
         beta = groups.fill(groups.gather(jax.nn.sigmoid(self.beta(x).astype(jnp.float32))))

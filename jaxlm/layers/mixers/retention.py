@@ -52,12 +52,12 @@ class RetentionSettings(Schema):
         return recurrent_flops(self.heads, *self.sizes(width))
 
 
-def head_log_decay(settings: RetentionSettings, context: LayerContext) -> Float[Array, H]:
+def head_log_decay(kind: Literal["retnet", "lightning"], heads: int, context: LayerContext) -> Float[Array, H]:
     """Natural-log decay of every head (sheet 2.1)."""
-    heads = jnp.arange(settings.heads, dtype=jnp.float32)
-    if settings.decay == "retnet":
-        return jnp.log1p(-(2.0 ** (-5 - heads)))
-    return -(8 / settings.heads) * (1 - context.index / context.depth) * heads
+    head = jnp.arange(heads, dtype=jnp.float32)
+    if kind == "retnet":
+        return jnp.log1p(-(2.0 ** (-5 - head)))
+    return -(8 / heads) * (1 - context.index / context.depth) * head
 
 
 class Retention(nnx.Module):
@@ -69,7 +69,7 @@ class Retention(nnx.Module):
         keys, values = self.key_dim * settings.heads, self.value_dim * settings.heads
         self.qkv = QKV(context.width, keys, values, settings.heads, settings.convolution, rngs=rngs)
         # Lightning's rates differ between layers, so stacked layers must carry them as an array.
-        self.log_decay = param(head_log_decay(settings, context), ("heads",), "constant")
+        self.log_decay = param(head_log_decay(settings.decay, settings.heads, context), ("heads",), "constant")
         normed = self.value_dim if settings.norm == "head" else values
         self.output = GatedOutput(context, values, normed, gate=settings.output_gate, rngs=rngs)
 
