@@ -150,11 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
         "On a GPU: time every kernel that runs there beside the chunked form and the installed peers (jax-linear-attention,\n"
         "fla-core) from T = 2,048 to 65,536; writes times.json and draws times.png. Elsewhere: compile every TPU kernel for\n"
         "each chip (libtpu, no TPU needed) and count what its schedule issues: static cycles, use of the units, spills,\n"
-        "memory, bytes, beside the floor of bytes and matrix products; writes kernels.json and draws kernels.png.\n"
+        "memory, bytes, beside the floor of bytes and matrix products; writes kernels.json and draws kernels.png. With\n"
+        "jax-cuda13-plugin and jax-cuda13-pjrt also those for the H100: registers, spills, shared memory and bytes.\n"
         "Plots need the extra plot.",
     )  # fmt: skip
     sub.add_argument("--kernels", type=names, metavar="A,B", help="such as linear_attention-vector (default: all)")
-    sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x (default: all; with --quick v5e)")
+    sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x, h100 (default: all; --quick: v5e)")
     sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row, in rows of 32,768 in all")
     sub.add_argument("--forms", type=names, metavar="A,B", help="on a GPU: also recurrent, or kernel alone")
     for letter, what, value in (

@@ -4,6 +4,10 @@ On any machine with libtpu every TPU kernel is compiled for each chip. Its *stat
 the final schedule times the steps of the grid: a count of the compiler's, which knows nothing of stalls on memory, and no
 time. Beside them stand the two numbers that bound any kernel, each as cycles of the chip: the fewest bytes over the memory's
 bandwidth and the matrix products over the peak; the larger is the floor.
+
+Where NVIDIA's compiler is installed, the kernels for Hopper GPUs are compiled likewise. Their assembler tells registers, spills
+and shared memory; the roofline is what their operands and results take to read and write, each once a kernel, at the chip's
+bandwidth, beside the floor of the whole op.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ CHIPS = {
     "v6e": Chip(1.75, 920, 1640),
     "7x": Chip(2.20, 1155, 3700),
 }
+GPU = "h100"
+GPU_BANDWIDTH = 3352  # GB/s
 OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
 
 
@@ -96,24 +102,38 @@ def run(
     """Compile, print the table, write OUTPUT/kernels.json and draw OUTPUT/kernels.png.
 
     Args:
-      names: of `kernel_names()`; None for all. chips: of `CHIPS`; likewise.
+      names: of `kernel_names()`; None for all. chips: of `CHIPS` and "h100"; None for those whose compiler is installed.
       shape: None for the default of `pallas_kernels.cases`.
 
     Raises:
-      UserError: for names that are not there, and without libtpu.
+      UserError: for names that are not there, and where a chip's compiler is not installed.
     """
     names = chosen(names, kernel_names(), "--kernels")
-    chips = chosen(chips, CHIPS, "--chips")
+    tpu, gpu = (importlib.util.find_spec(module) is not None for module in ("libtpu", "jax_cuda13_plugin"))
+    chips = chosen(chips, [*CHIPS, GPU], "--chips") if chips else [*CHIPS] * tpu + [GPU] * gpu
     shape = shape or cases.Shape()
-    if importlib.util.find_spec("libtpu") is None:
+    if not tpu and (not chips or set(chips) & set(CHIPS)):
         raise UserError("kernels are compiled by libtpu, which is not installed: pip install 'jaxlm[tpu]' (no TPU is needed)")
-    console, rows = Console(stderr=True), []
-    result = {"environment": environment(), "settings": shape._asdict(), "rows": rows}
+    if not gpu and GPU in chips:
+        raise UserError(
+            f"kernels for {GPU} are compiled by jax-cuda13-plugin and jax-cuda13-pjrt, which are not installed; install them "
+            f"in jax's version, {jax.__version__}, without what they depend on (pip install --no-deps; no GPU is needed)"
+        )
+    console, rows, gpu_rows = Console(stderr=True), [], []
+    result = {"environment": environment(), "settings": shape._asdict(), "rows": rows, "gpu_rows": gpu_rows}
     for name in names:
         op, decay = name.rsplit("-", 1)
         for chip in chips:
-            rows += _compiled(console, op, decay, chip, shape)
+            if chip == GPU:
+                gpu_rows += _compiled_for_gpu(console, op, decay, shape)
+            else:
+                rows += _compiled(console, op, decay, chip, shape)
             write_json(output / "kernels.json", result)  # minutes a row: none is lost if the rest is
+    if gpu_rows:
+        print_table(*gpu_table(result))
+    if not rows:
+        console.print(f"wrote {output / 'kernels.json'}")
+        return result
     print_table(*table(result))
     console.print(f"wrote {output / 'kernels.json'}" + (f" and {output / 'kernels.png'}" if draw(result, output) else ""))
     return result
@@ -142,6 +162,40 @@ def _compiled(console: Console, op: str, decay: str, chip: str, shape: cases.Sha
         # The chunked backward is compiled with its forward, as a step has it, so this compares the sums up to here.
         rows[-1]["bytes_of_chunked"] = plain["hbm_bytes"] / tokens / sum(row["hbm_bytes"] for row in rows)
     return rows
+
+
+def _compiled_for_gpu(console: Console, op: str, decay: str, shape: cases.Shape) -> list[dict[str, Any]]:
+    rows = []
+    for direction in cases.DIRECTIONS:
+        console.print(f"{op}, {decay}, {direction}, {GPU}", markup=False, highlight=False)
+        case = {"op": op, "direction": direction, "decay": decay}
+        found = aot.report(GPU, "pallas_kernels.cases:abstract", case | {"platform": "gpu"} | shape._asdict())["kernels"]
+        moved = sum(kernel["operand_bytes"] for kernel in found)
+        least = cases.least_bytes(op, direction, decay, shape)
+        rows.append(case | {
+            "chip": GPU, "kernels": found, "moved_bytes": moved, "least_bytes": least,
+            "roofline_ms": moved / GPU_BANDWIDTH * 1e-6, "floor_ms": least / GPU_BANDWIDTH * 1e-6,
+        })  # fmt: skip
+    return rows
+
+
+def gpu_table(result: dict) -> tuple[str, list[str], list[list[str]]]:
+    """Title, columns and rows: a line a kernel, with the roofline of its direction and the floor on the first."""
+    title = (
+        "Kernels for Hopper GPUs, bfloat16, " + ", ".join(f"{n}={v}" for n, v in result["settings"].items())
+        + f"; NVIDIA's assembler, jax {result['environment']['jax']}, {GPU_BANDWIDTH} GB/s"
+    )  # fmt: skip
+    columns = ["kernel", "direction", "of it", "registers", "spill bytes", "KiB shared", "MB", "roofline ms", "floor ms"]
+    rows = []
+    for row in result["gpu_rows"]:
+        for n, kernel in enumerate(row["kernels"]):
+            bounds = [f"{row['roofline_ms']:.3f}", f"{row['floor_ms']:.3f}"] if n == 0 else ["", ""]
+            rows.append([
+                f"{row['op']}-{row['decay']}", row["direction"], kernel["name"].removeprefix(f"{row['op']}_"),
+                str(kernel["registers"]), str(kernel["spill_bytes"]), f"{kernel['smem_bytes'] / 1024:.1f}",
+                f"{kernel['operand_bytes'] / 1e6:.0f}", *bounds,
+            ])  # fmt: skip
+    return title, columns, rows
 
 
 def table(result: dict) -> tuple[str, list[str], list[list[str]]]:

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.bench import kernel_times, mixers, report, tasks
+from jaxlm.bench import kernel_times, kernels, mixers, report, tasks, training
 from jaxlm.ops import forms
 from jaxlm.schema import UserError
+from jaxlm.training.run import load_config
 
 
 def test_mixers_compares_forms_of_one_run(tmp_path, capsys):
@@ -201,6 +202,28 @@ def test_times_of_kernels_are_ratios_to_the_kernel_beside_the_floor():
     assert lines == [["linear_attention-scalar", "forward", "4", "8192", "0.500", "4.000 (8.00x)", "failed", "0.250"]]
 
 
+def test_gpu_kernels_are_listed_one_by_one_under_their_roofline():
+    found = [
+        {"name": f"delta_rule_{name}", "registers": 100, "spill_bytes": n, "smem_bytes": 2048, "operand_bytes": 3_000_000}
+        for n, name in enumerate(("inverses", "forward"))
+    ]
+    row = {"op": "delta_rule", "decay": "none", "direction": "forward", "kernels": found, "roofline_ms": 0.2, "floor_ms": 0.1}
+    _, columns, lines = kernels.gpu_table({"environment": {"jax": "1"}, "settings": {"B": 1}, "gpu_rows": [row]})
+    assert len(columns) == len(lines[0])
+    assert lines[0] == ["delta_rule-none", "forward", "inverses", "100", "0", "2.0", "3", "0.200", "0.100"]
+    assert lines[1] == ["delta_rule-none", "forward", "forward", "100", "1", "2.0", "3", "", ""]
+
+
+def test_kernels_of_a_chip_need_its_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="kernels are compiled by libtpu, which is not installed: pip install"):
+        kernels.run(tmp_path)
+    with pytest.raises(UserError, match="kernels for h100 are compiled by jax-cuda13-plugin"):
+        kernels.run(tmp_path, chips=["h100"])
+    with pytest.raises(UserError, match="--chips: 'h10' is not there; did you mean 'h100'"):
+        kernels.run(tmp_path, chips=["h10"])
+
+
 def test_times_need_a_chip_with_kernels(tmp_path):
     assert kernel_times.kernel_names("NVIDIA H100 80GB HBM3") == [
         "linear_attention-none", "linear_attention-scalar", "linear_attention-vector",
@@ -208,3 +231,36 @@ def test_times_need_a_chip_with_kernels(tmp_path):
     ]  # fmt: skip
     with pytest.raises(UserError, match="no GPU kernel runs on cpu"):
         kernel_times.run(tmp_path)
+
+
+def test_training_takes_the_largest_batch_that_fits_and_keeps_other_configs(tmp_path, monkeypatch):
+    words = ["model.width=32", "model.depth=1", "model.pattern=[gla]", "model.mixers={gla: {kind: gla, heads: 1}}"]
+    config = load_config(None, [*words, "data.sequence_length=32", "name=small"]).config
+    measured = training.measure(config, steps=1, groups=1)
+    assert measured["kernel_calls"] == 0  # of a CPU
+    assert measured["tokens_per_second"] == pytest.approx(config.tokens_per_step / measured["seconds"])
+    tried = []
+
+    def with_little_memory(config, *, steps, groups=5):
+        rows = config.data.batch_size
+        choice = forms.choose("linear_attention", "auto", T=32, dtype="bfloat16", platform="tpu", chip="TPU v5 lite")
+        tried.append((choice.form, rows))
+        if rows > (32 if choice.form == "kernel" else 16):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return measured
+
+    monkeypatch.setattr(training, "measure", with_little_memory)
+    (tmp_path / "training.json").write_text(json.dumps({"runs": [{"config": "other", "tokens_a_row": 8, "environment": {
+        "devices": "1 x H100"}, "kernels": True, "rows": 1, "seconds": 1.0, "tokens_per_second": 8.0, "mfu": 0.5,
+        "peak_bytes": None, "kernel_calls": 3}]}))  # fmt: skip
+    result = training.run(tmp_path, config, rows=[16, 64, 32], steps=1)
+    forms_tried, rows_tried = zip(*tried, strict=True)
+    assert forms_tried == ("kernel",) * 2 + ("chunked",) * 3 + ("kernel",)
+    assert rows_tried == (64, 32, 64, 32, 16, 16)
+    found = [(one["config"], one["kernels"], one["rows"]) for one in result["runs"]]
+    assert found == [("other", True, 1), ("small", True, 32), ("small", False, 16), ("small", True, 16)]
+    assert json.loads((tmp_path / "training.json").read_text()) == result
+    # Once more: what is there of the same config and device is replaced.
+    assert len(training.run(tmp_path, config, rows=[16], steps=1)["runs"]) == 3
+    with pytest.raises(UserError, match="small does not fit this device's memory with 64 rows of 32 tokens"):
+        training.run(tmp_path, config, rows=[64])

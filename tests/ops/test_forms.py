@@ -61,3 +61,12 @@ def test_a_kernel_that_does_not_take_a_call_says_so_once(caplog):
         "linear_attention runs as chunked, without its kernel: "
         "the TPU kernel has K in (64, 128, 256) and V in (64, 128, 256, 512), not K=96, V=64"
     ]
+
+
+def test_kernels_can_be_switched_off():
+    known = {"T": 256, "dtype": jnp.bfloat16} | V5E
+    with forms.use_kernels(False):
+        assert forms.choose("linear_attention", "auto", **known) == forms.Choice("chunked", "kernels are switched off")
+        assert forms.choose("linear_attention", "auto", **known | {"T": 1}).form == "recurrent"
+        assert forms.choose("linear_attention", "kernel", **known).form == "kernel"  # asked for
+    assert forms.choose("linear_attention", "auto", **known).form == "kernel"
