@@ -89,7 +89,9 @@ def test_where_the_kernel_can_be_asked_for(change, reason):
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="needs NVIDIA's compiler: pip install 'jax[cuda13]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
+)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("sizes", [{"B": 16, "D": 4096}, {"B": 1, "T": 32768, "D": 1024}], ids=str)
 def test_compiles_for_hopper(direction, sizes):
@@ -99,7 +101,8 @@ def test_compiles_for_hopper(direction, sizes):
     for kernel in report["kernels"]:
         assert kernel["spill_bytes"] == 0
         assert kernel["registers"] <= 64
-        assert kernel["smem_bytes"] <= 113 * 1024  # two of them on a multiprocessor
+        # Forward two of them fit a multiprocessor, backward one.
+        assert kernel["smem_bytes"] <= (113 if direction == "forward" else 227) * 1024
 
 
 @pytest.mark.gpu
