@@ -299,7 +299,7 @@ def test_settings_name_what_is_wrong_and_say_what_they_mean():
         ({"sources": [{"kind": "python_stdlib"}], "sequence_length": 0}, "sequence_length"),
         ({"sources": [{"kind": "python_stdlib"}], "batch_size": 0}, "batch_size"),
         ({"sources": [{"kind": "python_stdlib"}], "held_out": []}, "held_out"),
-        ({"sources": [{"kind": "python_stdlib"}], "tokenizer": {"kind": "words"}}, "'bytes', 'json'"),
+        ({"sources": [{"kind": "python_stdlib"}], "tokenizer": {"kind": "words"}}, "kind 'words' .known: bytes, json"),
     ):
         with pytest.raises(ValidationError, match=match):
             DataSettings.model_validate(values)
