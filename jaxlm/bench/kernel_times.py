@@ -286,12 +286,16 @@ def draw(result: dict, output: Path) -> bool:
                 rows = sorted(rows, key=lambda row: row["T"])
                 return [row["T"] for row in rows], [1e6 * row[key] / (row["B"] * row["T"]) for row in rows]
 
-            for form in forms:
+            for number, form in enumerate(forms):
                 rows = [row for row in chosen_rows if row["form"] == form and row["ms"]]
-                if rows:
-                    axis.plot(*curve(rows, "ms"), marker="o", markersize=3, label=form)
+                # Also without rows, so that every panel has the same colours and the first one all of the legend.
+                axis.plot(*curve(rows, "ms"), f"C{number}", marker="o", markersize=3, label=form)
             axis.plot(*curve([row for row in chosen_rows if row["form"] == "kernel"], "floor_ms"), "k--", label="floor")
-            axis.set(xscale="log", yscale="log", title=f"{'-'.join(name)}, {direction}", xlabel="tokens a row")
+            axis.set(xscale="log", yscale="log", xlabel="tokens a row")
+            axis.set_title(f"{'-'.join(name)}, {direction}", fontsize=8)
+            lengths = sorted({row["T"] for row in chosen_rows})
+            axis.set_xticks(lengths, labels=[f"{T // 1024}K" if T % 1024 == 0 else str(T) for T in lengths], minor=False)
+            axis.set_xticks([], minor=True)
             axis.set_ylabel("µs per 1,000 tokens")
     axes[0, 0].legend(fontsize=8)
     figure.suptitle(f"{result['environment']['device']}, bfloat16, H={result['settings']['H']}", fontsize=10)
