@@ -107,7 +107,10 @@ _KERNELS: ContextVar[bool] = ContextVar("jaxlm_kernels", default=True)
 
 @contextlib.contextmanager
 def use_kernels(use: bool) -> Iterator[None]:
-    """Whether form="auto" takes kernels in what is traced within this context: without, to compare with."""
+    """Whether form="auto" takes kernels in what is traced within this context: without, to compare with.
+
+    What jax has traced before it does not trace again: `jax.clear_caches()` first.
+    """
     token = _KERNELS.set(use)
     try:
         yield
