@@ -182,6 +182,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--tasks", type=names, metavar="A,B", help="tasks (default: all)")
     sub.add_argument("--seeds", type=int, default=1, help="models of each kind, of which the best counts (default %(default)s)")
     sub.add_argument("--steps", type=int, help="training steps of every model")
+    sub.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="models trained at once, each by its own process (default %(default)s)"
+    )
     sub.add_argument("--force", action="store_true", help="run again what DIR already has")
     return parser
 
@@ -330,7 +333,7 @@ def bench_tasks_command(arguments: argparse.Namespace) -> None:
 
     tasks.run(
         arguments.output, mixers=arguments.mixers, tasks=arguments.tasks, seeds=arguments.seeds, quick=arguments.quick,
-        force=arguments.force, steps=arguments.steps,
+        force=arguments.force, steps=arguments.steps, jobs=arguments.jobs,
     )  # fmt: skip
 
 
