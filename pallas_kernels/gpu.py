@@ -180,8 +180,8 @@ def weights_between(shape, rows, columns, queries, keys, *, transposed=False):
     """
     of_row, of_column = (keys, queries) if transposed else (queries, keys)
     seen = None
-    if queries == keys:
-        i, j = iota(shape, 0), iota(shape, 1)
+    if queries < keys + shape[0 if transposed else 1] - 1:
+        i, j = iota(shape, 0) + of_row, iota(shape, 1) + of_column
         seen = (i <= j) if transposed else (i >= j)
     if rows is None:
         return None if seen is None else jnp.where(seen, 1.0, 0.0)

@@ -15,7 +15,7 @@ and the loss knows beta from its products with the keys that are written alone: 
 dbeta_j = k_j w_j. Four kernels:
 
 - inverses: every chunk on its own, R. The inverse doubles its blocks: with X that of the blocks of s tokens and A_s the part of
-  A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s.
+  A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s. Products skip the blocks of 16 tokens that are 0.
 - forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u, r
   and what is written, which enter the next product from there. For training it also writes h and r of every chunk.
 - backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk.
@@ -25,6 +25,7 @@ dbeta_j = k_j w_j. Four kernels:
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,63 @@ __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 # The logical axes of what `forward` saves.
 SAVED_AXES = (("batch", None, "heads", None, None),) * 4
 
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+SMALL = 16  # tokens of the smallest blocks that matrix products join
 FEWEST = 8  # chunks of a segment of time
+
+
+def _inverse(call, A, a_s, x_s):
+    """(I + A)^-1 of a strictly lower triangular A [C, C], by float16 products.
+
+    Blocks of 16 tokens on the diagonal, which a product of tiles of 16 channels makes all at once, then those of 32 and of 64.
+    A product of columns that are 0 outside a block of rows with these rows of another matrix is 0 there too.
+
+    Args:
+      A: its blocks of 16 columns, float32.
+      a_s, x_s: swizzled memory [C, 16] float16, one for each of them, and two.
+
+    Returns:
+      the blocks of 16 columns, float16.
+    """
+    low = jnp.float16
+    i, j = iota((C, SMALL), 0), iota((C, SMALL), 1)
+    blocks, i = range(C // SMALL), i & (SMALL - 1)
+    of_row = iota((C, SMALL), 0) >> SMALL.bit_length() - 1
+    zero = plgpu.layout_cast(jnp.zeros((C, SMALL), F32), WGMMA)
+
+    def only(x, block):
+        return jnp.where(of_row == block, x, jnp.zeros_like(x))
+
+    def rows(ref, block):
+        return ref.at[pl.ds(block * SMALL, SMALL)]
+
+    own = None
+    for block, (x, to) in enumerate(zip(A, a_s, strict=True)):
+        to[...] = x.astype(low)
+        own = x if own is None else jnp.where(of_row == block, x, own)
+    # The blocks of the diagonal, one below the other.
+    inverse = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -own, 0.0)).astype(low)
+    for level in range(1, SMALL.bit_length() - 1):
+        size, blocks_s = 1 << level, x_s[level % 2]
+        blocks_s[...] = inverse
+        plgpu.commit_smem()
+        half = call.dot(*((only(inverse, n), rows(a_s[n], n)) for n in blocks)).astype(low)
+        joined = call.dot(*((only(half, n), rows(blocks_s, n)) for n in blocks))
+        # X has blocks of `size` tokens alone, so of its product with all of A and itself those parts that join two of them are
+        # as with A_s; above the diagonal it is 0.
+        inverse = inverse + jnp.where(((i ^ j) & -size) == size, -joined, 0.0).astype(low)
+    x_s[0][...] = inverse
+    plgpu.commit_smem()
+    X = [only(inverse, n) for n in blocks]
+    halves = call.dots([zero, zero], (X[1], rows(a_s[0], 1)), (X[3], rows(a_s[2], 3)))
+    joined = call.dots([zero, zero], *((half.astype(low), rows(x_s[0], n)) for half, n in zip(halves, (0, 2), strict=True)))
+    X[0], X[2] = X[0] - joined[0].astype(low), X[2] - joined[1].astype(low)
+    x_s[1][...] = X[0]
+    plgpu.commit_smem()
+    halves = [call.dot((X[2], rows(a_s[n], 2)), (X[3], rows(a_s[n], 3))).astype(low) for n in range(2)]
+    X[0] = X[0] - call.dot((halves[0], rows(x_s[0], 0)), (halves[1], rows(x_s[1], 1))).astype(low)
+    X[1] = X[1] - call.dot((halves[1], rows(x_s[0], 1))).astype(low)
+    return X
 
 
 def _inverses(call, beta, *, k=None, rows=None, scores=None):
@@ -83,56 +140,49 @@ def _inverses(call, beta, *, k=None, rows=None, scores=None):
     B, H, N, _ = beta.shape
     dtype = jnp.bfloat16
     out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), dtype)]
-    scratch = {"a_s": swizzled((C, C), jnp.float16), "x_s": [swizzled((C, C), jnp.float16)] * 2}
-    scratch["y_s"] = swizzled((C, C), jnp.float16)
-    # R takes the place of the keys.
-    scratch["k_s"] = [swizzled((C, C), dtype)] * (1 if k is None else k.shape[-1] // C)
-    scratch["beta_s"] = plgpu.SMEM((C,), F32)
+    blocks = range(C // SMALL)
+    scratch = {"a_s": [swizzled((C, SMALL), jnp.float16)] * len(blocks), "x_s": [swizzled((C, SMALL), jnp.float16)] * 2}
+    scratch |= {"inverse_s": [swizzled((C, SMALL), dtype)] * len(blocks), "beta_s": plgpu.SMEM((C,), F32)}
     operands = [beta, scores if k is None else k]
+    if k is not None:
+        scratch["k_s"] = swizzled((C, k.shape[-1]), dtype)
     if rows is not None:
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
-    scratch["full"] = plgpu.Barrier(num_arrivals=1 + len(scratch["k_s"]) + 2 * (rows is not None))
+    scratch["full"] = plgpu.Barrier(num_arrivals=1 + (len(blocks) if k is None else 1) + 2 * (rows is not None))
 
-    def body(beta_ref, of_ref, *refs, a_s, x_s, y_s, k_s, beta_s, full, rows_s=None, columns_s=None):
+    def body(beta_ref, of_ref, *refs, a_s, x_s, inverse_s, beta_s, full, k_s=None, rows_s=None, columns_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
+        columns = [pl.ds(block * SMALL, SMALL) for block in blocks]
         if k is None:
-            plgpu.copy_gmem_to_smem(of_ref.at[b, n, h], a_s, full)
+            for to, of_block in zip(a_s, columns, strict=True):
+                plgpu.copy_gmem_to_smem(of_ref.at[b, n, h, pl.ds(0, C), of_block], to, full)
         else:
-            for tile, to in enumerate(k_s):
-                plgpu.copy_gmem_to_smem(of_ref.at[b, pl.ds(n * C, C), h, pl.ds(tile * C, C)], to, full)
+            plgpu.copy_gmem_to_smem(of_ref.at[b, pl.ds(n * C, C), h], k_s, full)
         plgpu.copy_gmem_to_smem(beta_ref.at[b, h, n], beta_s, full)
         if rows is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(rows_ref.at[b, h if rows.shape[1] > 1 else 0, n], to, full)
         plgpu.barrier_wait(full)
-        i, j = iota((C, C), 0), iota((C, C), 1)
-        if k is None:
-            S = load(a_s).astype(F32)
-        else:
-            S = times(call.dot(*((x, x.T) for x in k_s)), weights_between((C, C), rows_s, columns_s, 0, 0))
-            S = jnp.where(i > j, S, 0.0)
-        A = S * by_column(load(beta_s, COLS), (C, C))
-        a_s[...] = A.astype(jnp.float16)
-        inverse = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -A, 0.0))
-        for level in range(1, LEVELS):
-            size, blocks_s = 1 << level, x_s[level % 2]
-            blocks_s[...] = inverse.astype(jnp.float16)
-            plgpu.commit_smem()
-            half = call.dot((a_s, blocks_s))
-            # X holds blocks of `size` tokens alone, so masking A's product with it masks A. Above the diagonal it is 0.
-            half = jnp.where(((i ^ j) & -size) == size, half, 0.0)
-            y_s[...] = half.astype(jnp.float16)
-            plgpu.commit_smem()
-            inverse = inverse - call.dot((blocks_s, y_s))
-        k_s[0][...] = inverse.astype(dtype)
+        shape, A = (C, SMALL), []
+        for block, of_block in zip(blocks, columns, strict=True):
+            if k is None:
+                S = load(a_s[block]).astype(F32)
+            else:
+                S = call.dot((k_s, k_s.at[of_block].T))
+                S = times(S, weights_between(shape, rows_s, columns_s, 0, block * SMALL))
+                S = jnp.where(iota(shape, 0) > iota(shape, 1) + block * SMALL, S, 0.0)
+            A.append(S * by_column(load(beta_s.at[of_block], COLS), shape))
+        for block, x in enumerate(_inverse(call, A, a_s, x_s)):
+            inverse_s[block][...] = x.astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_s[0], refs[0].at[b, n, h])
+        for to, of_block in zip(inverse_s, columns, strict=True):
+            plgpu.copy_smem_to_gmem(to, refs[0].at[b, n, h, pl.ds(0, C), of_block])
         plgpu.wait_smem_to_gmem(0)
 
-    # Between a product and the next store to what it reads there is always a commit: that of y_s, or of the next x_s.
+    # Between a product and the next store to what it reads there is always a commit: that of the other x_s.
     grid = {"h": H, "n": N, "b": B}
     [inverse] = call(body, "delta_rule_inverses", grid, operands, out_type, scratch, 1, barriers=False)
     return inverse
@@ -239,6 +289,11 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
     return q_read, k_read, channels[:3], channels[3] if keys else None
 
 
+def load_state(ref):
+    """A state in global memory [K, C], transposed."""
+    return plgpu.layout_cast(plgpu.load(ref.T, layout=TRANSPOSED, optimized=False), WGMMA)
+
+
 def _stages(K, wgs, channels):
     """For how many chunks a walk has memory."""
     if K > 2 * C:
@@ -246,14 +301,19 @@ def _stages(K, wgs, channels):
     return 2 if wgs > 1 or channels is not None else 3
 
 
-def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=None, channels=None):
-    """Outputs, the states that leave the segments [B, S, H, V, K] and, if saved, the states that enter the chunks
+def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, segments=None, rows=None, channels=None):
+    """The states that leave the segments [B, S, H, K, V], outputs and, if saved, the states that enter the chunks
     [B, N, H, V, K] and their r [B, N, H, V, C] in v's dtype.
+
+    Where a block has 64 value channels, one warpgroup walks and another follows, a chunk behind, with the outputs. Where it has
+    more, those that walk make them, for want of registers.
 
     Args:
       beta: [B, H, N, C]; inverse: R.
-      states: [B, S, H, V, K] float32, entering each of S segments of time; or S, for only what each makes of a state:
-        [B, S, H, V + K, K], the state that leaves it after none enters, and the matrix that multiplies one that does.
+      states: [B, S, H, K, V] float32, entering each of S segments of time.
+      segments: or S, for only what each makes of a state, [B, S, H, V + K, K]: the state that leaves it, transposed, after none
+        enters (the first after `states` of S = 1), and the matrix that multiplies one that does. What `_entering` does not
+        read is not made.
       rows: of `decay_rows`; or for a decay of every channel
       channels: of `_prepare_channels`, k that is written, P and the decays of chunks; then q and k are those that read.
     """
@@ -261,22 +321,23 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
     V = v.shape[-1]
     N = T // C
     dtype = k.dtype
-    maps = isinstance(states, int)
-    segments = states if maps else states.shape[1]
+    maps = segments is not None
+    segments = segments or states.shape[1]
     each = -(-N // segments)
-    wgs = warpgroups(B * H * segments, K, V)
-    if maps and K % (wgs * C):
-        wgs = 1  # no block has rows of both
+    wgs = 1 if maps else warpgroups(B * H * segments, K, V)
     blocks = (V + K if maps else V) // C // wgs
-    stages = _stages(K, wgs, channels)
+    stages = min(2, _stages(K, wgs, channels)) if maps else _stages(K, wgs, channels)
+    follows = wgs == 1 and K <= 2 * C and not maps
+    turns = min(stages, 2)  # chunks that have memory for what only one warpgroup reads
+    threads = wgs + follows
     scratch = {
-        "k_s": swizzled((stages, C, K), dtype), "v_s": swizzled((stages, wgs, C, C), dtype),
-        "inverse_s": swizzled((stages, C, C), dtype), "beta_s": plgpu.SMEM((stages, C), F32),
-        "full": plgpu.Barrier(num_arrivals=3 + wgs + (1 if maps else 2) * (rows is not None) + 2 * (channels is not None)
-                              + (0 if maps else 1 + (channels is not None)), num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
+        "k_s": swizzled((stages, C, K), dtype), "inverse_s": swizzled((stages, C, C), dtype),
+        "beta_s": plgpu.SMEM((stages, C), F32), "v_s": swizzled((wgs * turns, C, C), dtype),
+        "full": plgpu.Barrier(num_arrivals=3 + (1 if maps else 2) * (rows is not None) + 2 * (channels is not None),
+                              num_barriers=stages),
+        "full_v": plgpu.Barrier(num_barriers=wgs * turns), "done": plgpu.Barrier(num_arrivals=threads),
     }  # fmt: skip
-    operands = [k, v, beta, inverse]
+    operands = [k, v, beta, inverse, states]
     if rows is not None:
         operands.append(rows)
         scratch["columns_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
@@ -284,43 +345,53 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
         operands += [channels[0], channels[2]]
         scratch |= {"k_write_s": swizzled((stages, C, K), dtype), "total_s": plgpu.SMEM((stages, K), F32)}
     shape = jax.ShapeDtypeStruct
-    out_type = [shape((B, segments, H, V + K if maps else V, K), F32)]
+    out_type = [shape((B, segments, H, V + K, K) if maps else (B, segments, H, K, V), F32)]
     if not maps:
-        operands += [q, states] + ([] if channels is None else [channels[1]])
+        operands += [q] + ([] if channels is None else [channels[1]])
         out_type.append(shape(v.shape, v.dtype))
+        kept = turns if follows else wgs
         scratch |= {
-            "q_s": swizzled((stages, C, K), dtype), "h_s": swizzled((wgs, C, K), dtype),
-            "r_s": swizzled((wgs, C, C), dtype), "o_s": swizzled((wgs, C, C), dtype),
+            "q_s": swizzled((turns, C, K), dtype), "h_s": swizzled((kept, C, K), dtype), "r_s": swizzled((kept, C, C), dtype),
+            "o_s": swizzled((wgs, C, C), dtype),
+            "full_q": plgpu.Barrier(num_arrivals=1 + (channels is not None), num_barriers=turns),
         }  # fmt: skip
         if rows is not None:
             scratch["rows_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
         elif channels is not None:
-            scratch["p_s"] = swizzled((stages, C, C), dtype)
+            scratch["p_s"] = swizzled((turns, C, C), dtype)
+    if follows:
+        scratch |= {name: plgpu.Barrier(num_barriers=turns) for name in ("written", "followed")}
+    elif wgs > 1:
+        scratch["walked"] = plgpu.Barrier(num_arrivals=wgs, num_barriers=turns)
     if save:
         out_type += [shape((B, N, H, V, K), dtype), shape((B, N, H, V, C), dtype)]
 
-    def body(k_ref, v_ref, beta_ref, inverse_ref, *refs, k_s, v_s, inverse_s, beta_s, full, empty, done, q_s=None, h_s=None,
-             r_s=None, o_s=None, rows_s=None, columns_s=None, k_write_s=None, p_s=None, total_s=None):
+    def body(k_ref, v_ref, beta_ref, inverse_ref, states_ref, *refs, k_s, v_s, inverse_s, beta_s, full, full_v, done,
+             full_q=None, written=None, followed=None, walked=None, q_s=None, h_s=None, r_s=None, o_s=None, rows_s=None,
+             columns_s=None, k_write_s=None, p_s=None, total_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         k_write_ref, total_ref = (refs.pop(0), refs.pop(0)) if channels is not None else (None, None)
-        q_ref, states_ref = (None, None) if maps else (refs.pop(0), refs.pop(0))
+        q_ref = None if maps else refs.pop(0)
         p_ref = refs.pop(0) if p_s is not None else None
         final_ref, *refs = refs
         b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
         wg = lax.axis_index("wg")
+        part = jnp.int32(0) if follows else wg
         first = s * each
-        mine = pl.ds((block * wgs + wg) * C, C)
-        of_maps = (block * wgs + wg) * C >= V
+        count = jnp.maximum(jnp.minimum(first + each, N) - first, 0)
+        mine = pl.ds((block * wgs + part) * C, C)
+        of_maps = (block * wgs + part) * C >= V
+        if maps:
+            count = jnp.where((s == segments - 1) | (of_maps & (s == 0)), 0, count)
 
-        def fetch(n, slot):
-            at, bar = first + n, full.at[slot]
-            tokens = pl.ds(at * C, C)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, tokens, h], k_s.at[slot], bar)
-            for part in range(wgs):
-                start = (block * wgs + part) * C
-                start = jnp.where(start >= V, 0, start) if maps else start
-                plgpu.copy_gmem_to_smem(v_ref.at[b, tokens, h, pl.ds(start, C)], v_s.at[slot, part], bar)
+        def tokens(n):
+            return pl.ds((first + n) * C, C)
+
+        def fetch(n):
+            at, slot = first + n, lax.rem(n, stages)
+            bar = full.at[slot]
+            plgpu.copy_gmem_to_smem(k_ref.at[b, tokens(n), h], k_s.at[slot], bar)
             plgpu.copy_gmem_to_smem(inverse_ref.at[b, at, h], inverse_s.at[slot], bar)
             plgpu.copy_gmem_to_smem(beta_ref.at[b, h, at], beta_s.at[slot], bar)
             if rows is not None:
@@ -328,72 +399,152 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
                 for to in (columns_s, rows_s)[: 1 if maps else 2]:
                     plgpu.copy_gmem_to_smem(of_head, to.at[slot], bar)
             elif channels is not None:
-                plgpu.copy_gmem_to_smem(k_write_ref.at[b, tokens, h], k_write_s.at[slot], bar)
+                plgpu.copy_gmem_to_smem(k_write_ref.at[b, tokens(n), h], k_write_s.at[slot], bar)
                 plgpu.copy_gmem_to_smem(total_ref.at[b, at, h], total_s.at[slot], bar)
-            if not maps:
-                plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
-                if channels is not None:
-                    plgpu.copy_gmem_to_smem(p_ref.at[b, at, h], p_s.at[slot], bar)
 
-        def step(n, slot, state):
-            at, k_c = first + n, k_s.at[slot]
-            of_column = None if rows is None else columns_s.at[slot]
+        def fetch_queries(n):
+            slot = lax.rem(n, turns)
+            plgpu.copy_gmem_to_smem(q_ref.at[b, tokens(n), h], q_s.at[slot], full_q.at[slot])
+            if channels is not None:
+                plgpu.copy_gmem_to_smem(p_ref.at[b, first + n, h], p_s.at[slot], full_q.at[slot])
+
+        def fetch_values(n):
+            slot = part * turns + lax.rem(n, turns)
+            start = (block * wgs + part) * C
+            start = jnp.where(start >= V, 0, start) if maps else start
+            plgpu.copy_gmem_to_smem(v_ref.at[b, tokens(n), h, pl.ds(start, C)], v_s.at[slot], full_v.at[slot])
+
+        def begin(fetch, most):
+            for n in range(most):
+                pl.when(n < count)(lambda n=n: fetch(jnp.int32(n)))
+
+        def go_on(fetch, n):
+            pl.when(n < count)(lambda: fetch(n))
+
+        def outputs(n, kept):
+            """From the state that enters and r, in `kept` of their memory; of a chunk whose keys are there."""
+            slot, turn = lax.rem(n, stages), lax.rem(n, turns)
+            q_c, of_row = q_s.at[turn], None if rows is None else rows_s.at[slot]
+            plgpu.barrier_wait(full_q.at[turn])
             beta_c = by_column(load(beta_s.at[slot], COLS), (C, C))
-            low = state.astype(dtype)
-            if not maps:
+            if channels is None:
+                of_column = None if rows is None else columns_s.at[slot]
+                scores = times(call.dot((q_c, k_s.at[slot].T)), weights_between((C, C), of_row, of_column, 0, 0))
+                scores = scores * (scale * beta_c)
+            else:
+                scores = load(p_s.at[turn]).astype(F32) * beta_c
+            scores = scores.astype(dtype)
+            if follows:
+                plgpu.barrier_wait(written.at[turn])
+                go_on(fetch, n + stages - 1)  # the walk is past the chunk before this one
+            o = call.dot((q_c, h_s.at[kept].T))
+            if channels is None:
+                o = o * scale
+            if rows is not None:
+                o = o * by_row(product_before(of_row, ROWS), (C, C))
+            o = call.dot((scores, r_s.at[kept].T), init=o)
+            if follows:
+                plgpu.barrier_arrive(followed.at[turn])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                h_s.at[wg][...] = low
+            o_s.at[part][...] = o.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_s.at[part], refs[0].at[b, tokens(n), h, mine])
+
+        def step(n, state):
+            at, slot, turn = first + n, lax.rem(n, stages), lax.rem(n, turns)
+            kept, of_values = turn if follows else wg, part * turns + turn
+            if not follows:
+                @pl.when(wg == 0)
+                def _():
+                    if wgs > 1:
+                        pl.when((n > 0) & (n + turns - 1 < count))(
+                            lambda: plgpu.barrier_wait(walked.at[lax.rem(n + turns - 1, turns)])
+                        )
+                    if not maps:
+                        go_on(fetch_queries, n + turns - 1)
+                    go_on(fetch, n + stages - 1)
+            of_column = None if rows is None else columns_s.at[slot]
+            k_c, low = k_s.at[slot], state.astype(dtype)
+            if not maps:
+                if follows:
+                    pl.when(n >= turns)(lambda: plgpu.barrier_wait(followed.at[turn]))
+                if save or not follows:
+                    plgpu.wait_smem_to_gmem(2 * (turns - 1) if follows else 0, wait_read_only=True)
+                h_s.at[kept][...] = low
                 if K > 2 * C:  # registers are short
                     plgpu.commit_smem()
-                    low = h_s.at[wg]
+                    low = h_s.at[kept]
+            plgpu.barrier_wait(full.at[slot])
             read = call.dot((low, k_c.T))
             if rows is not None:
                 read = read * by_column(product_before(of_column, COLS), (C, C))
-            v_c = load(v_s.at[slot, wg].T).astype(F32)
+                state = state * product_total(of_column)
+            elif channels is not None:
+                state = state * by_column(jnp.exp2(load(total_s.at[slot], COLS)), state.shape)
+            plgpu.barrier_wait(full_v.at[of_values])
+            v_c = load(v_s.at[of_values].T).astype(F32)
             u = (jnp.where(lax.broadcast(of_maps, v_c.shape), 0.0, v_c) if maps else v_c) - read
             r = call.dot((u.astype(dtype), inverse_s.at[slot].T))
             if not maps:
-                r_s.at[wg][...] = r.astype(dtype)
-                plgpu.commit_smem()
+                r_s.at[kept][...] = r.astype(dtype)
+            plgpu.commit_smem()
+            if follows:
+                plgpu.barrier_arrive(written.at[turn])
+            go_on(fetch_values, n + turns)
             if save:
                 h_ref, r_ref = refs[1:]
-                plgpu.copy_smem_to_gmem(h_s.at[wg], h_ref.at[b, at, h, mine])
-                plgpu.copy_smem_to_gmem(r_s.at[wg], r_ref.at[b, at, h, mine])
-            written = r * beta_c
+                plgpu.copy_smem_to_gmem(h_s.at[kept], h_ref.at[b, at, h, mine])
+                plgpu.copy_smem_to_gmem(r_s.at[kept], r_ref.at[b, at, h, mine])
+            r = r * by_column(load(beta_s.at[slot], COLS), (C, C))
             if rows is not None:
-                written = written * by_column(product_after(of_column, COLS), (C, C))
-                state = state * product_total(of_column)
-            k_write = k_c
-            if channels is not None:
-                k_write = k_write_s.at[slot]
-                state = state * by_column(jnp.exp2(load(total_s.at[slot], COLS)), state.shape)
-            state = call.dot((written.astype(dtype), k_write), init=state)
-            if maps:
-                return state
-            q_c = q_s.at[slot]
-            of_row = None if rows is None else rows_s.at[slot]
-            o = call.dot((q_c, h_s.at[wg].T))
-            if channels is None:
-                scores = times(call.dot((q_c, k_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * (scale * beta_c)
-                o = o * scale
-            else:
-                scores = load(p_s.at[slot]).astype(F32) * beta_c
-            if rows is not None:
-                o = o * by_row(product_before(of_row, ROWS), (C, C))
-            o = call.dot((scores.astype(dtype), r_s.at[wg].T), init=o)
-            o_s.at[wg][...] = o.astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_s.at[wg], refs[0].at[b, pl.ds(at * C, C), h, mine])
+                r = r * by_column(product_after(of_column, COLS), (C, C))
+            state = call.dot((r.astype(dtype), k_c if channels is None else k_write_s.at[slot]), init=state)
+            if not (maps or follows):
+                outputs(n, wg)
+            if not follows:
+                plgpu.commit_smem()  # what the slot held has been read before the copy engine fills it again
+                if wgs > 1:
+                    pl.when(n + turns < count)(lambda: plgpu.barrier_arrive(walked.at[turn]))
             return state
 
-        if maps:
-            i, j = iota((C, K), 0), iota((C, K), 1)
-            state = jnp.where(i + ((block * wgs + wg) * C - V) == j, 1.0, 0.0)
+        def walk():
+            begin(fetch_values, turns)
+            if not follows:
+                @pl.when(wg == 0)
+                def _():
+                    begin(fetch, stages - 1)
+                    if not maps:
+                        begin(fetch_queries, turns - 1)
+            if maps:
+                start = (block * wgs + wg) * C
+                state = load_state(states_ref.at[b, 0, h, pl.ds(0, K), pl.ds(jnp.where(of_maps, 0, start), C)])
+                state = jnp.where(lax.broadcast(of_maps | (s > 0), state.shape), 0.0, state)
+                # In the rows of values none is on the diagonal.
+                state = jnp.where(iota((C, K), 0) + (start - V) == iota((C, K), 1), 1.0, state)
+            else:
+                state = load_state(states_ref.at[b, s, h, pl.ds(0, K), mine])
+            state = lax.fori_loop(0, count, step, state)
+            if maps:
+                final_ref.at[b, s, h, mine][...] = state
+            else:
+                final_ref.at[b, s, h, pl.ds(0, K), mine].T[...] = plgpu.layout_cast(state, TRANSPOSED)
+
+        if follows:
+            pl.when(wg == 0)(walk)
+
+            @pl.when(wg == 1)
+            def _():
+                begin(fetch, stages - 1)
+                begin(fetch_queries, turns)
+
+                def turn(n, _):
+                    plgpu.barrier_wait(full.at[lax.rem(n, stages)])
+                    outputs(n, lax.rem(n, turns))
+                    go_on(fetch_queries, n + turns)
+
+                lax.fori_loop(0, count, turn, None)
         else:
-            state = plgpu.load(states_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
-        count = jnp.maximum(jnp.minimum(first + each, N) - first, 0)
-        state = walk_chunks(fetch, step, state, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
-        final_ref.at[b, s, h, mine][...] = state
+            walk()
         if not maps:
             plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(done)
@@ -402,64 +553,74 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save, rows=Non
     grid = {"b": B, "h": H, "s": segments, "v": blocks}
     name = "maps" if maps else "forward"
     name = f"delta_rule_{name}" if channels is None else f"delta_rule_channels_{name}"
-    return call(body, name, grid, operands, out_type, scratch, wgs)
+    return call(body, name, grid, operands, out_type, scratch, threads)
 
 
-def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, channels=None):
-    """The cotangents of the states that enter the segments [B, S, H, V, K], dv [B, T, H, V] and the cotangents of the states
+def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=None, rows=None, channels=None):
+    """The cotangents of the states that enter the segments [B, S, H, K, V], dv [B, T, H, V] and the cotangents of the states
     that leave the chunks [B, N, H, V, K], both in q's dtype.
+
+    Where the scores are not there yet, another warpgroup makes them, a chunk ahead of the one that walks.
 
     Args:
       do: [B, T, H, V]; inverse: R.
-      states: [B, S, H, V, K] float32, the cotangents of the states that leave segments; or S, for only what each adds.
+      states: [B, S, H, K, V] float32, the cotangents of the states that leave segments.
+      segments: or S, for only what each adds, [B, S, H, V, K], the last to `states` of S = 1.
       beta, rows, channels: as for `_forward_walk`.
     """
     B, T, H, K = q.shape
     V = do.shape[-1]
     N = T // C
     dtype = q.dtype
-    alone = isinstance(states, int)
-    segments = states if alone else states.shape[1]
+    alone = segments is not None
+    segments = segments or states.shape[1]
     each = -(-N // segments)
-    wgs = warpgroups(B * H * segments, K, V)
+    leads = channels is None and K <= 2 * C
+    wgs = 1 if leads else warpgroups(B * H * segments, K, V)
+    threads = wgs + leads
     stages = _stages(K, wgs, channels)
     scratch = {
         "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
         "do_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
         "beta_s": plgpu.SMEM((stages, C), F32),
         "full": plgpu.Barrier(num_arrivals=4 + wgs + 2 * (rows is not None) + 3 * (channels is not None), num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
+        "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=threads),
     }  # fmt: skip
-    operands = [q, k, do, beta, inverse]
+    operands = [q, k, do, beta, inverse, states]
     if rows is not None:
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((stages, rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
     if channels is None:
-        scratch["p_s"] = swizzled((wgs, C, C), dtype)
+        scratch["p_s"] = swizzled((2 if leads else wgs, C, C), dtype)
     else:
         operands += channels
         scratch |= {
             "k_write_s": swizzled((stages, C, K), dtype), "p_s": swizzled((stages, C, C), dtype),
             "total_s": plgpu.SMEM((stages, K), F32),
         }  # fmt: skip
+    if leads:
+        scratch |= {name: plgpu.Barrier(num_barriers=2) for name in ("scored", "used")}
     shape = jax.ShapeDtypeStruct
-    out_type = [shape((B, segments, H, V, K), F32)]
+    out_type = [shape((B, segments, H, V, K) if alone else (B, segments, H, K, V), F32)]
     if not alone:
-        operands.append(states)
         out_type += [shape(do.shape, dtype), shape((B, N, H, V, K), dtype)]
         scratch |= {"dh_s": swizzled((wgs, C, K), dtype), "dv_s": swizzled((wgs, C, C), dtype)}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, *refs, q_s, k_s, do_s, inverse_s, beta_s, p_s, full, empty, done,
-             dh_s=None, dv_s=None, rows_s=None, columns_s=None, k_write_s=None, total_s=None):
+    def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, states_ref, *refs, q_s, k_s, do_s, inverse_s, beta_s, p_s, full,
+             empty, done, scored=None, used=None, dh_s=None, dv_s=None, rows_s=None, columns_s=None, k_write_s=None,
+             total_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         k_write_ref, p_ref, total_ref = (refs.pop(0) for _ in range(3)) if channels is not None else (None,) * 3
-        states_ref = None if alone else refs.pop(0)
         d_state_ref, *refs = refs
         b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
         wg = lax.axis_index("wg")
-        mine = pl.ds((block * wgs + wg) * C, C)
+        part = jnp.int32(0) if leads else wg
+        mine = pl.ds((block * wgs + part) * C, C)
         last = jnp.minimum((s + 1) * each, N) - 1
+        count = jnp.maximum(last + 1 - s * each, 0)
+        if alone:
+            count = jnp.where(s == 0, 0, count)  # `_entering` does not read it
 
         def fetch(n, slot):
             at, bar = last - n, full.at[slot]
@@ -480,36 +641,57 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, c
                 plgpu.copy_gmem_to_smem(p_ref.at[b, at, h], p_s.at[slot], bar)
                 plgpu.copy_gmem_to_smem(total_ref.at[b, at, h], total_s.at[slot], bar)
 
+        def scores_of(slot):
+            of_both = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
+            scores = times(call.dot((q_s.at[slot], k_s.at[slot].T)), weights_between((C, C), *of_both, 0, 0)) * scale
+            return scores.astype(dtype)
+
+        def lead(n, _):
+            slot, turn = lax.rem(n, stages), lax.rem(n, 2)
+            plgpu.barrier_wait(full.at[slot])
+            scores = scores_of(slot)
+            pl.when(n >= 2)(lambda: plgpu.barrier_wait(used.at[turn]))
+            p_s.at[turn][...] = scores
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scored.at[turn])
+
         def step(n, slot, dh):
             at = last - n
             q_c, k_c = q_s.at[slot], k_s.at[slot]
-            of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
+            of_column = None if rows is None else columns_s.at[slot]
             low = dh.astype(dtype)
             if not alone:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dh_s.at[wg][...] = low
-            if channels is None:
-                scores_s, k_write = p_s.at[wg], k_c
-                scores = times(call.dot((q_c, k_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * scale
-                scores_s[...] = scores.astype(dtype)
+                dh_s.at[part][...] = low
+            k_write = k_c
+            if leads:
+                turn = lax.rem(n, 2)
+                scores_s = p_s.at[turn]
+            elif channels is None:
+                scores_s = p_s.at[wg]
+                scores_s[...] = scores_of(slot)
             else:
                 scores_s, k_write = p_s.at[slot], k_write_s.at[slot]
             plgpu.commit_smem()
             if not alone:
-                plgpu.copy_smem_to_gmem(dh_s.at[wg], refs[1].at[b, at, h, mine])
+                plgpu.copy_smem_to_gmem(dh_s.at[part], refs[1].at[b, at, h, mine])
                 if K > 2 * C:  # registers are short
-                    low = dh_s.at[wg]
+                    low = dh_s.at[part]
             d_written = call.dot((low, k_write.T))
             if rows is not None:
                 d_written = d_written * by_column(product_after(of_column, COLS), (C, C))
-            do_c = load(do_s.at[slot, wg].T)
+            do_c = load(do_s.at[slot, part].T)
+            if leads:
+                plgpu.barrier_wait(scored.at[turn])
             d_written = call.dot((do_c, scores_s), init=d_written)
+            if leads:
+                pl.when(n + 2 < count)(lambda: plgpu.barrier_arrive(used.at[turn]))
             d_written = d_written * by_column(load(beta_s.at[slot], COLS), (C, C))
             dv = call.dot((d_written.astype(dtype), inverse_s.at[slot]))
             if not alone:
-                dv_s.at[wg].T[...] = dv.astype(dtype)
+                dv_s.at[part].T[...] = dv.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dv_s.at[wg], refs[0].at[b, pl.ds(at * C, C), h, mine])
+                plgpu.copy_smem_to_gmem(dv_s.at[part], refs[0].at[b, pl.ds(at * C, C), h, mine])
             d_read = -dv
             d_out = do_c if channels is not None else do_c.astype(F32) * scale
             if rows is not None:
@@ -518,43 +700,54 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, rows=None, c
                 dh = dh * product_total(of_column)
             elif channels is not None:
                 dh = dh * by_column(jnp.exp2(load(total_s.at[slot], COLS)), dh.shape)
-            dh = call.dot((d_out.astype(dtype), q_c), init=dh)
-            return call.dot((d_read.astype(dtype), k_c), init=dh)
+            return call.dot((d_out.astype(dtype), q_c), (d_read.astype(dtype), k_c), init=dh)
 
-        if alone:
-            dh = plgpu.layout_cast(jnp.zeros((C, K), F32), WGMMA)
+        def walk():
+            dh = load_state(states_ref.at[b, 0 if alone else s, h, pl.ds(0, K), mine])
+            if alone:
+                dh = jnp.where(lax.broadcast(s < segments - 1, dh.shape), 0.0, dh)
+            dh = walk_chunks(fetch, step, dh, count=count, wg=part, wgs=wgs, full=full, empty=empty)
+            if alone:
+                d_state_ref.at[b, s, h, mine][...] = dh
+            else:
+                d_state_ref.at[b, s, h, pl.ds(0, K), mine].T[...] = plgpu.layout_cast(dh, TRANSPOSED)
+                plgpu.wait_smem_to_gmem(0)
+
+        if leads:
+            pl.when(wg == 0)(walk)
+            pl.when(wg == 1)(lambda: lax.fori_loop(0, count, lead, None))
         else:
-            dh = plgpu.load(states_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
-        count = jnp.maximum(last + 1 - s * each, 0)
-        dh = walk_chunks(fetch, step, dh, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
-        d_state_ref.at[b, s, h, mine][...] = dh
-        if not alone:
-            plgpu.wait_smem_to_gmem(0)
+            walk()
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
 
     grid = {"b": B, "h": H, "s": segments, "v": V // C // wgs}
     name = "backward_added" if alone else "backward_states"
     name = f"delta_rule_{name}" if channels is None else f"delta_rule_channels_{name}"
-    return call(body, name, grid, operands, out_type, scratch, wgs)
+    return call(body, name, grid, operands, out_type, scratch, threads)
 
 
 def _segments(walks, V, chunks):
     """Segments of time, so many that walks with few heads fill the chip. They double the work."""
-    if 2 * walks * (V // C) > gpu.SMS:
-        return 1
-    most = max(1, min(gpu.SMS // (walks * max(1, V // (2 * C))), chunks // FEWEST))
+    most = max(1, min(gpu.SMS // (walks * (V // C)), chunks // FEWEST))
     return -(-chunks // -(-chunks // most))  # none is empty
 
 
-def _entering(added, maps, state, *, reverse=False):
-    """The states [B, S, H, V, K] that enter segments, from what each adds to a state and what multiplies that."""
-    order = range(maps.shape[1])
-    entering = {}
-    for s in reversed(order) if reverse else order:
-        entering[s] = state
-        state = added[:, s] + jnp.einsum("bhvk,bhkl->bhvl", state, maps[:, s], precision=lax.Precision.HIGHEST)
-    return jnp.stack([entering[s] for s in order], axis=1)
+def _entering(added, maps, first, *, reverse=False):
+    """The states [B, S, H, K, V] that enter segments.
+
+    Args:
+      added: [B, S, H, V, K], what each adds to a transposed state, the first one with what enters it; not read of the last one.
+      maps: [B, S, H, K, K], what multiplies a transposed state; not read of the first and the last one.
+      first: [B, H, K, V], enters the first segment.
+      reverse: from the last segment to the first.
+    """
+    order = range(maps.shape[1])[:: -1 if reverse else 1]
+    entering, state = {order[0]: jnp.swapaxes(first, -1, -2)}, None
+    for s, after in pairwise(order):
+        through = 0 if state is None else jnp.einsum("bhvk,bhkl->bhvl", state, maps[:, s], precision=lax.Precision.HIGHEST)
+        entering[after] = state = added[:, s] + through
+    return jnp.swapaxes(jnp.stack([entering[s] for s in range(len(order))], axis=1), -1, -2)
 
 
 def _products(do_s, dv_s, r_s, h_s, dh_s):
@@ -802,16 +995,15 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
         rows = decay_rows(log_decay, reset, q.shape[1], C)
         inverse = _inverses(call, beta, k=k, rows=rows)
         walk = partial(_forward_walk, call, q, k, v, beta, inverse, rows=rows, scale=scale)
-    state = jnp.swapaxes(state, -1, -2)
-    B, H, V, K = state.shape
+    B, H, K, V = state.shape
     states, maps = state[:, None], jnp.zeros((B, 0, H, K, K), F32)
     segments = _segments(B * H, V, q.shape[1] // C)
     if segments > 1:
-        [both] = walk(segments, save=False)
+        [both] = walk(states, segments=segments)
         added, maps = both[..., :V, :], both[..., V:, :]
         states = _entering(added, maps, state)
     final, o, *saved = walk(states, save=save)
-    return o[:, :length], jnp.swapaxes(final[:, -1], -1, -2), (*saved, maps, inverse) if save else None
+    return o[:, :length], final[:, -1], (*saved, maps, inverse) if save else None
 
 
 def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -831,13 +1023,12 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
 
     def walked(q, k, **gates):
         walk = partial(_backward_walk, call, q, k, do, beta, inverse, scale=scale, **gates)
-        d_state = jnp.swapaxes(d_final, -1, -2)
-        d_states = d_state[:, None]
+        d_states = d_final[:, None]
         if maps.shape[1]:
-            [added] = walk(maps.shape[1])
-            d_states = _entering(added, jnp.swapaxes(maps, -1, -2), d_state, reverse=True)
+            [added] = walk(d_states, segments=maps.shape[1])
+            d_states = _entering(added, jnp.swapaxes(maps, -1, -2), d_final, reverse=True)
         d_states, dv, dh = walk(d_states)
-        return jnp.swapaxes(d_states[:, 0], -1, -2), dv, dh
+        return d_states[:, 0], dv, dh
 
     def of_tokens(x):
         return x.reshape(*x.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]

@@ -54,6 +54,14 @@ MORE = [
 ]
 
 
+LARGE = [  # many heads, and segments of time
+    ("scalar", 300, 70, 128, 128, True, 1.0, None),
+    ("scalar", 1700, 1, 128, 128, True, 1.0, None),
+    ("none", 2500, 2, 128, 64, False, 1.0, None),
+    ("vector", 1700, 1, 128, 128, True, 1.0, None),
+]
+
+
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in MORE)], ids=str)
 def test_values_gradients_and_no_races(case, monkeypatch):
     *sizes, resets, most, split = case
@@ -65,6 +73,18 @@ def test_values_gradients_and_no_races(case, monkeypatch):
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+
+
+@pytest.mark.parametrize("case", [("scalar", 64, 128, True), ("none", 64, 64, False), ("vector", 128, 64, True)], ids=str)
+def test_segments_of_time(case, monkeypatch):
+    """Three of two, two and one chunks; documents end in the segments unless there are none."""
+    kind, K, V, resets = case
+    inputs, reset, *rest = arrays(kind, 300, 1, K, V, B=1, dtype="bfloat16")
+    monkeypatch.setattr(hopper, "SMS", 4 * V // 64)
+    monkeypatch.setattr(gpu, "FEWEST", 1)
+    assert gpu._segments(1, V, 5) == 3
+    reset = reset if resets else None
+    assert_close(run(inputs, reset, *rest, interpret=RACES), reference(inputs, reset, *rest), "bfloat16")
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector"])
@@ -138,7 +158,7 @@ def test_compiles_for_hopper(kind, direction):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES, *MORE, ("scalar", 300, 70, 128, 128, True, 1.0, None)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MORE, *LARGE], ids=str)
 def test_on_the_device(case):
     *sizes, resets, most, _ = case
     inputs, reset, *rest = arrays(*sizes, dtype="bfloat16", most=most)
