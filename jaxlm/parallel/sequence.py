@@ -112,10 +112,10 @@ def _is_axes(x: Any) -> bool:
 
 
 def _placed(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
-    """The mesh axes of each logical axis that has some."""
+    """The mesh axes of each logical axis, those of size 1 too: autodiff sums cotangents over whatever a spec leaves out."""
     mesh, rules = active()
     ways = {name: math.prod(mesh.shape[a] for a in rules[name]) for name in sizes}
-    return {name: rules[name] for name, size in sizes.items() if ways[name] > 1 and size % ways[name] == 0}
+    return {name: rules[name] for name, size in sizes.items() if size % ways[name] == 0}
 
 
 def recurrence(op: Recurrence, sizes: dict[str, int], inputs: tuple, documents: Array | None, state: Any) -> tuple[Any, Any]:
@@ -169,7 +169,8 @@ def _recurrence_forward(static, inputs, documents, state):
 def _recurrence_backward(static, residuals, cotangents):
     op, sizes = static[0], dict(static[1])
     placed = _placed(sizes)
-    used = {axis for axes in placed.values() for axis in axes}
+    mesh, _ = active()
+    used = {axis for axes in placed.values() for axis in axes if mesh.shape[axis] > 1}
 
     def total(gradient, axes):
         """Sum over the shards that an input (a time-invariant decay, say) is common to."""

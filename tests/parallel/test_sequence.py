@@ -21,6 +21,7 @@ from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
 from jaxlm.ops.fast_weights import ttt_linear
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.log_linear import LogLinearState, log_linear_attention
+from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.ops.segments import positions_in_runs, resets, run_index
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import use_mesh
@@ -136,6 +137,14 @@ def log_linear(levels, *position):
     return op, arrays, filled[:, None, :, None, None] * normal(3, B, H, levels - 1, K, V)
 
 
+def logsumexp(before):
+    def op(logits, *, initial_state, segment_ids):
+        z, log_decay = running_logsumexp(logits, initial_state, segment_ids)
+        return (z, log_decay), z[:, -1]
+
+    return op, (3 * normal(0, B, T, H, K),), before
+
+
 # op(*arrays, initial_state=, segment_ids=) -> (outputs, final state): a line per op.
 OPS = {
     "linear_attention": lambda: linear(None),
@@ -153,6 +162,8 @@ OPS = {
     "selective_scan": selective,
     "log_linear_attention": lambda: log_linear(10, 11, 6),
     "log_linear_attention-outgrown": lambda: log_linear(6, 29, 37),
+    "running_logsumexp": lambda: logsumexp(3 * normal(1, B, H, K)),
+    "running_logsumexp-of-nothing": lambda: logsumexp(jnp.full((B, H, K), -jnp.inf)),
 }
 
 
@@ -173,14 +184,14 @@ def test_shards_give_the_values_and_gradients_of_one_device(case, shards):
     assert_close(split(run, shards)(arrays, state), jax.jit(run)(arrays, state))
 
 
-@pytest.mark.parametrize("case", ["linear_attention", "delta_rule-scalar", "log_linear_attention"])
+@pytest.mark.parametrize("case", ["linear_attention", "delta_rule-scalar", "log_linear_attention", "running_logsumexp"])
 def test_one_document_over_all_shards(case):
     op, arrays, state = OPS[case]()
     run = loss(op, None)
     assert_close(split(run, 8)(arrays, state), jax.jit(run)(arrays, state))
 
 
-@pytest.mark.parametrize("case", ["log_linear_attention"])
+@pytest.mark.parametrize("case", ["log_linear_attention", "running_logsumexp"])
 def test_shards_of_three_tokens(case):
     """Neither a power of two nor a multiple of the chunk: positions say where digits move, wherever a shard begins."""
     op, arrays, state = OPS[case]()
@@ -232,14 +243,14 @@ def collectives(fn, *args):
 # Of each kind of state and transition, forward and backward.
 TRAFFIC = (
     "linear_attention-scalar", "delta_rule-scalar", "dplr_delta_rule", "diagonal_recurrence", "diagonal_recurrence-constant",
-    "diagonal_ssm", "selective_scan", "log_linear_attention",
+    "diagonal_ssm", "selective_scan", "log_linear_attention", "running_logsumexp",
 )  # fmt: skip
 
 
 # The logarithmic prefix is one mechanism for all of them.
 FAST_TRAFFIC = [
     ("linear_attention-scalar", True), ("linear_attention-scalar", False), ("delta_rule-scalar", True),
-    ("diagonal_recurrence", True), ("log_linear_attention", True),
+    ("diagonal_recurrence", True), ("log_linear_attention", True), ("running_logsumexp", True),
 ]  # fmt: skip
 
 
