@@ -133,8 +133,9 @@ def log_linear(levels, *position):
         state = LogLinearState(initial_state, position)
         return log_linear_attention(*arrays, initial_state=state, segment_ids=segment_ids, chunk_size=2)
 
-    arrays = (normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, V), decays(B, T, H), gates(4, B, T, H, levels))
-    return op, arrays, filled[:, None, :, None, None] * normal(3, B, H, levels - 1, K, V)
+    # Milder decays than the others': what a level's matrix held some shards ago is still seen.
+    arrays = (normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, V), decays(B, T, H) / 20)
+    return op, (*arrays, gates(4, B, T, H, levels)), filled[:, None, :, None, None] * normal(3, B, H, levels - 1, K, V)
 
 
 def logsumexp(before):
@@ -223,7 +224,8 @@ def test_a_hybrid_of_three_to_one(shards):
 @pytest.mark.parametrize("case", ["linear_attention-vector", "delta_rule-scalar", "log_linear_attention"])
 def test_the_logarithmic_prefix_equals_the_gathered_one(case, monkeypatch):
     op, arrays, state = OPS[case]()
-    run = loss(op, documents())
+    # Only a document over several shards asks for products of their transitions.
+    run = loss(op, documents().at[0].set(0))
     wanted = split(run, 8)(arrays, state)
     monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
     assert_close(split(run, 8)(arrays, state), wanted)
