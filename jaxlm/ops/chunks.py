@@ -109,12 +109,12 @@ def over_groups(forward: Callable, backward: Callable) -> Callable:
     return run
 
 
-def over_shards(run: Callable, transition: Callable, inputs: tuple, reset, state, **matrix):
+def over_shards(run: Callable, transition: Callable, inputs: tuple, documents, state, **matrix):
     """A matrix-valued recurrence over [B, T, H, *] inputs whose tokens are split; see `jaxlm.parallel.sequence`."""
-    tokens, kept = ("batch", sequence.AXIS, "heads", None), ("batch", "heads", None, None)
+    tokens, kept = ("batch", sequence.AXIS, "heads", None), ("batch", "heads", *(None,) * (state.ndim - 2))
     op = sequence.Recurrence(run, transition, jax.tree.map(lambda _: tokens, inputs), tokens, kept, **matrix)
     batch, length, heads, _ = inputs[0].shape
-    return sequence.recurrence(op, {"batch": batch, sequence.AXIS: length, "heads": heads}, inputs, reset, state)
+    return sequence.recurrence(op, {"batch": batch, sequence.AXIS: length, "heads": heads}, inputs, documents, state)
 
 
 def product(equation: str, x: Array, y: Array, operand: jnp.dtype, precise: jnp.dtype) -> Array:

@@ -159,7 +159,8 @@ def _run(op, rule, q, k, v, rate, gates, weights, *, fresh, state, segment_ids, 
     token."""
     batch, length = q.shape[:2]
     check_segment_ids(segment_ids, (batch, length))
-    sequence.split(length)  # Not split natively, but as for every op shards must divide it.
+    # Not affine in the state that enters, so XLA splits it, with gathers; but as for every op shards must divide it.
+    sequence.split(length)
     aligned = state is None and segment_ids is None
     given = fresh if state is None else jax.tree.map(lambda s, f: s.astype(f.dtype), state, fresh)
     fresh = fresh._replace(start=jax.tree.map(jnp.add, fresh.start, weights))

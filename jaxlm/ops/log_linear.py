@@ -9,7 +9,8 @@ with positions t, s counted from 0 at the start of the document (a Fenwick tree)
 The state is one matrix a binary digit of n, the number of tokens seen: digit j, where it is 1, stands for the block of
 2^j tokens that ends at s_j = (n with its lower j bits cleared) - 1. All tokens of the block have one level from any later
 token's point of view, level(t, s_j). So a chunk that begins anywhere in a document reads each entering matrix with the
-scale lambda_t[level(t, s_j)], and nothing asks chunks to be aligned with documents.
+scale lambda_t[level(t, s_j)], and nothing asks chunks to be aligned with documents. What a chunk does to the digits is
+affine, and positions alone say which digit moves where: so sequences split over devices like every linear recurrence.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.ops.chunks import decays, from_chunks, product, scalar_weights, to_chunks
+from jaxlm.ops.chunks import decays, from_chunks, over_shards, product, scalar_weights, to_chunks
 from jaxlm.ops.forms import choose
 from jaxlm.ops.ranges import check_log_decay
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets
@@ -96,7 +97,6 @@ def log_linear_attention(
     batch, length, heads, keys = q.shape
     check_segment_ids(segment_ids, (batch, length))
     check_log_decay(log_decay)
-    sequence.split(length)  # Not split natively, but as for every op shards must divide it.
     inputs = [x.dtype for x in (q, k, v, log_decay, level_scales)]
     precise = jnp.promote_types(jnp.result_type(*inputs), jnp.float32)
     state = initial_state
@@ -113,20 +113,16 @@ def log_linear_attention(
 
     if reset is not None:
         log_decay = jnp.where(reset[..., None], -jnp.inf, log_decay)
-    size = 1 << (length - 1).bit_length()
-    if form == "chunked":
-        size = min(size, chunk_size)
+    inputs = (q, k, v, log_decay[..., None], level_scales)
     positions = jnp.broadcast_to(positions_in_runs(reset, state.position, length), (batch, length))
-    # Padding repeats the last position, so that the state left behind is that after the last token.
-    positions = jnp.pad(positions, ((0, 0), (0, -length % size)), mode="edge").reshape(batch, -1, size).swapaxes(0, 1)
-    chunks = [to_chunks(x, size) for x in (q, k, v, log_decay[..., None], level_scales)]
-    body = partial(_chunk, scale)
-    if chunks[0].shape[0] == 1:
-        state, o = body(state, jax.tree.map(lambda x: x[0], (*chunks, positions)))
-        o = o[None]
+    if form == "chunked" and sequence.split(length):
+        o, digits = over_shards(
+            partial(_run, scale, chunk_size), _transition, inputs, positions, state.digits,
+            apply=_apply, transpose=sequence.transpose_matrix,
+        )  # fmt: skip
     else:
-        state, o = lax.scan(jax.checkpoint(body), state, (*chunks, positions))
-    return from_chunks(o, length).astype(v.dtype), state
+        o, digits = _run(scale, chunk_size if form == "chunked" else length, inputs, positions, state.digits)
+    return o.astype(v.dtype), LogLinearState(digits, positions[:, -1] + 1)
 
 
 def _check(q, k, v, log_decay, level_scales, state, chunk_size: int) -> None:
@@ -196,10 +192,52 @@ def _level(reader: Int[Array, "*X"], written: Int[Array, "*X"], last: int) -> In
     return jnp.minimum(32 - lax.clz(reader ^ written), last)
 
 
-def _chunk(scale, state: LogLinearState, chunk):
-    """One chunk [B, H, C, ...] of tokens: the state it leaves and its outputs."""
+def _ends(position: Int[Array, " B"], last: int) -> Int[Array, "B J"]:
+    """Ends s_j of the blocks that the digits of a state after `position` tokens stand for."""
+    digit = jnp.arange(last, dtype=jnp.int32)
+    return ((position[:, None] >> digit) << digit) - 1
+
+
+def _moves(ends: Int[Array, "B J"], position: Int[Array, " B"]) -> Bool[Array, "B J J"]:
+    """Whether, once `position` tokens were seen, digit m (rows) takes in what digit j (columns), ending there, stood for.
+    Every token is older than that, so no level is 0."""
+    last = ends.shape[1]
+    return (_level(position[:, None], ends, last) - 1)[:, None] == jnp.arange(last, dtype=jnp.int32)[:, None]
+
+
+def _run(scale, chunk_size: int, inputs, positions: Int[Array, "B T"], digits: Float[Array, "B H J K V"]):
+    """Outputs and final digits of prepared arrays. A document that starts within has log_decay -inf there and position 0;
+    so does one that starts at token 0, and then nothing of `digits` is read."""
+    length = positions.shape[1]
+    size = 1 << (min(length, chunk_size) - 1).bit_length()
+    # Padding repeats the last position, so that the state left behind is that after the last token.
+    positions = jnp.pad(positions, ((0, 0), (0, -length % size)), mode="edge")
+    positions = positions.reshape(positions.shape[0], -1, size).swapaxes(0, 1)
+    chunks = [to_chunks(x, size) for x in inputs]
+    body = partial(_chunk, scale)
+    if chunks[0].shape[0] == 1:
+        digits, o = body(digits, jax.tree.map(lambda x: x[0], (*chunks, positions)))
+        o = o[None]
+    else:
+        digits, o = lax.scan(jax.checkpoint(body), digits, (*chunks, positions))
+    return from_chunks(o, length), digits
+
+
+def _transition(inputs, positions: Int[Array, "B T"]) -> Float[Array, "B H J J"]:
+    """M of digits_out = M digits_in + N over these tokens: where the digits move, times the product of the decays (0 once
+    a document starts among them)."""
+    *_, log_decay, level_scales = inputs
+    moves = _moves(_ends(positions[:, 0], level_scales.shape[-1] - 1), positions[:, -1] + 1)
+    return jnp.exp(jnp.sum(log_decay, axis=1))[..., None] * moves[:, None]
+
+
+def _apply(transition: Float[Array, "B H J J"], x: Float[Array, "B H J *X"]) -> Float[Array, "B H J *X"]:
+    return sequence.apply_matrix(transition, x.reshape(*x.shape[:3], -1)).reshape(x.shape)
+
+
+def _chunk(scale, digits: Float[Array, "B H J K V"], chunk):
+    """One chunk [B, H, C, ...] of tokens: the digits it leaves and its outputs."""
     q, k, v, g, scales, positions = chunk
-    digits, position = state
     last = scales.shape[-1] - 1
     matmul = partial(product, operand=jnp.result_type(q, k, v), precise=digits.dtype)
     before, after, total, tree = (jax.tree.map(lambda x: x[0], part) for part in decays(g[None], q[None], digits.dtype))
@@ -209,9 +247,7 @@ def _chunk(scale, state: LogLinearState, chunk):
         level = level[:, None]
         return sum(jnp.where(level == n, scales[..., n, None], 0) for n in range(last + 1))
 
-    # Ends of the blocks that the digits of the entering state stand for.
-    digit = jnp.arange(last, dtype=jnp.int32)
-    ends = ((position[:, None] >> digit) << digit) - 1
+    ends = _ends(positions[:, 0], last)
     # All digits at once: their keys are the channels of one long key.
     reads = (scale * before) * scale_of(_level(positions[..., None], ends[:, None], last))
     reads = (reads[..., None] * q[..., None, :]).reshape(*q.shape[:3], -1)
@@ -219,11 +255,11 @@ def _chunk(scale, state: LogLinearState, chunk):
     weights = scalar_weights(tree, g[..., 0]) * scale_of(_level(positions[..., None], positions[:, None], last))
     o = o + matmul("bhij,bhjv->bhiv", scale * matmul("bhik,bhjk->bhij", q, k) * weights, v)
 
-    # Digits that stand for what was written, after the chunk; every token is older than that, so none is -1.
+    # Digits that stand for what was written, after the chunk.
     position = positions[:, -1] + 1
-    moves = (_level(position[:, None], ends, last) - 1)[:, None] == digit[:, None]
-    kept = jnp.einsum("bmj,bhjkv->bhmkv", moves.astype(digits.dtype), digits, precision=lax.Precision.HIGHEST)
-    writes = (_level(position[:, None], positions, last) - 1)[..., None] == digit
+    moves = _moves(ends, position).astype(digits.dtype)
+    kept = jnp.einsum("bmj,bhjkv->bhmkv", moves, digits, precision=lax.Precision.HIGHEST)
+    writes = (_level(position[:, None], positions, last) - 1)[..., None] == jnp.arange(last, dtype=jnp.int32)
     writes = jnp.where(writes[:, None, ..., None], (k * after)[..., None, :], 0).reshape(*k.shape[:3], -1)
     written = matmul("bhcx,bhcv->bhxv", writes, v).reshape(digits.shape)
-    return LogLinearState(total[:, :, None] * kept + written, position), o
+    return total[:, :, None] * kept + written, o

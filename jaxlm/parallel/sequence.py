@@ -38,9 +38,10 @@ Axes = tuple[str | None, ...]
 class Recurrence(NamedTuple):
     """A linear recurrence as a shard sees it: pure functions of local arrays, and the logical axes of these arrays.
 
-    outputs: (inputs, reset, state) -> (o, state after the last token), differentiable in inputs and state and affine in the
-      state. `reset` [B, T] is True where a document starts (None for never); at token 0 it drops the entering state.
-    transition: (inputs, reset) -> M of state_out = M state_in + N.
+    outputs: (inputs, documents, state) -> (o, state after the last token), differentiable in inputs and state and affine in
+      the state. `documents` [B, T] says where documents lie, as the op likes: True where one starts, or positions in them;
+      None if all tokens continue the entering state. A document that starts at token 0 drops that state.
+    transition: (inputs, documents) -> M of state_out = M state_in + N.
     apply: (M, state) -> M state, also for products of two M; elementwise unless given.
     transpose: M -> the M of cotangents; of an elementwise M it is M itself.
     """
@@ -111,13 +112,13 @@ def _is_axes(x: Any) -> bool:
 
 
 def _placed(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
-    """The mesh axes of each logical axis that has some."""
+    """The mesh axes of each logical axis, those of size 1 too: autodiff sums cotangents over whatever a spec leaves out."""
     mesh, rules = active()
     ways = {name: math.prod(mesh.shape[a] for a in rules[name]) for name in sizes}
-    return {name: rules[name] for name, size in sizes.items() if ways[name] > 1 and size % ways[name] == 0}
+    return {name: rules[name] for name, size in sizes.items() if size % ways[name] == 0}
 
 
-def recurrence(op: Recurrence, sizes: dict[str, int], inputs: tuple, reset: Array | None, state: Any) -> tuple[Any, Any]:
+def recurrence(op: Recurrence, sizes: dict[str, int], inputs: tuple, documents: Array | None, state: Any) -> tuple[Any, Any]:
     """Outputs and final state of a recurrence whose tokens are split over the sequence axis.
 
     Each shard makes two passes, one for the state alone and one for the outputs, and keeps for the backward its inputs and
@@ -127,16 +128,16 @@ def recurrence(op: Recurrence, sizes: dict[str, int], inputs: tuple, reset: Arra
       op: the local functions.
       sizes: as in `shard_map`.
       inputs: pytree of arrays (None where absent) in the structure of `op.input_axes`.
-      reset: [B, T], computed over the whole sequence; None for a single document.
+      documents: [B, T], computed over the whole sequence, without a gradient; None for a single document.
       state: enters the first shard.
     """
     # What the caller's cotangents and residuals are in: no closure, so that the backward may run under another trace.
     static = (op, tuple(sorted(sizes.items())))
-    return _recurrence(static, inputs, reset, state)
+    return _recurrence(static, inputs, documents, state)
 
 
-def _reset_axes(reset):
-    return None if reset is None else ("batch", AXIS)
+def _document_axes(documents):
+    return None if documents is None else ("batch", AXIS)
 
 
 def _zeros(tree):
@@ -144,31 +145,32 @@ def _zeros(tree):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(static, inputs, reset, state):
-    return _recurrence_forward(static, inputs, reset, state)[0]
+def _recurrence(static, inputs, documents, state):
+    return _recurrence_forward(static, inputs, documents, state)[0]
 
 
-def _recurrence_forward(static, inputs, reset, state):
+def _recurrence_forward(static, inputs, documents, state):
     op, sizes = static[0], dict(static[1])
 
-    def local(inputs, reset, state):
-        _, written = op.outputs(inputs, reset, _zeros(state))
-        entering, final = _prefix(op, op.transition(inputs, reset), written, state)
-        o, _ = op.outputs(inputs, reset, entering)
+    def local(inputs, documents, state):
+        _, written = op.outputs(inputs, documents, _zeros(state))
+        entering, final = _prefix(op, op.transition(inputs, documents), written, state)
+        o, _ = op.outputs(inputs, documents, entering)
         return o, final, jax.tree.map(lambda x: x[None], entering)
 
     stacked = jax.tree.map(lambda axes: (AXIS, *axes), op.state_axes, is_leaf=_is_axes)
     o, final, entering = shard_map(
-        local, sizes, (op.input_axes, _reset_axes(reset), op.state_axes), (op.output_axes, op.state_axes, stacked),
-        inputs, reset, state,
+        local, sizes, (op.input_axes, _document_axes(documents), op.state_axes), (op.output_axes, op.state_axes, stacked),
+        inputs, documents, state,
     )  # fmt: skip
-    return (o, final), (inputs, reset, entering)
+    return (o, final), (inputs, documents, entering)
 
 
 def _recurrence_backward(static, residuals, cotangents):
     op, sizes = static[0], dict(static[1])
     placed = _placed(sizes)
-    used = {axis for axes in placed.values() for axis in axes}
+    mesh, _ = active()
+    used = {axis for axes in placed.values() for axis in axes if mesh.shape[axis] > 1}
 
     def total(gradient, axes):
         """Sum over the shards that an input (a time-invariant decay, say) is common to."""
@@ -176,20 +178,20 @@ def _recurrence_backward(static, residuals, cotangents):
         rest = tuple(sorted(used - own))
         return lax.psum(gradient, rest) if rest else gradient
 
-    def local(inputs, reset, entering, do, d_final):
+    def local(inputs, documents, entering, do, d_final):
         state = jax.tree.map(lambda x: x[0], entering)
-        _, pullback = jax.vjp(lambda inputs, state: op.outputs(inputs, reset, state), inputs, state)
+        _, pullback = jax.vjp(lambda inputs, state: op.outputs(inputs, documents, state), inputs, state)
         _, d_entering = pullback((do, _zeros(state)))
-        transition = op.transpose(op.transition(inputs, reset))
+        transition = op.transpose(op.transition(inputs, documents))
         d_leaving, d_state = _prefix(op, transition, d_entering, d_final, reverse=True)
         d_inputs, _ = pullback((do, d_leaving))
         return jax.tree.map(lambda axes, x: total(x, axes), op.input_axes, d_inputs, is_leaf=_is_axes), d_state
 
-    inputs, reset, entering = residuals
+    inputs, documents, entering = residuals
     stacked = jax.tree.map(lambda axes: (AXIS, *axes), op.state_axes, is_leaf=_is_axes)
     d_inputs, d_state = shard_map(
-        local, sizes, (op.input_axes, _reset_axes(reset), stacked, op.output_axes, op.state_axes),
-        (op.input_axes, op.state_axes), inputs, reset, entering, *cotangents,
+        local, sizes, (op.input_axes, _document_axes(documents), stacked, op.output_axes, op.state_axes),
+        (op.input_axes, op.state_axes), inputs, documents, entering, *cotangents,
     )  # fmt: skip
     return d_inputs, None, d_state
 

@@ -13,12 +13,13 @@ from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.mixers.delta import DeltaNetSettings, GatedDeltaNetSettings, KDASettings
 from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.hgrn2 import HGRN2Settings
-from jaxlm.layers.mixers.lightnet import LightNetSettings, running_logsumexp
+from jaxlm.layers.mixers.lightnet import LightNetSettings
 from jaxlm.layers.mixers.mamba2 import Mamba2Settings
 from jaxlm.layers.mixers.retention import RetentionSettings, head_log_decay
 from jaxlm.layers.mixers.rwkv7 import RWKV7Settings, RWKVChannelMixingSettings
 from jaxlm.models.language_model import ModelSettings, abstract_model
 from jaxlm.ops.forms import OPS
+from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.schema import UserError
 
 WIDTH, LAYER, DEPTH = 16, 2, 5
@@ -326,24 +327,6 @@ def test_states_keep_their_shapes_and_are_float32_under_bfloat16(case):
     if case != "rwkv-channels":
         assert after["recurrent"].dtype == jnp.float32
         assert settings.op in OPS
-
-
-def test_running_logsumexp_is_that_of_each_document_and_continues_a_sum(x64):
-    logits = 30 * jax.random.normal(jax.random.key(0), (1, len(IDS), 2, 3))
-    before = jnp.asarray([[[1.0, -jnp.inf, 40.0]] * 2])
-    z, log_decay = jax.jit(running_logsumexp)(logits, before, jnp.asarray([IDS]))
-    expected, decays, start = [], [], 0
-    for length in (3, 1, 6):
-        document = np.asarray(logits[0, start : start + length])
-        carried = np.exp(np.asarray(before[0])) if start == 0 else np.zeros((2, 3))
-        sums = np.log(carried + np.cumsum(np.exp(document), 0))
-        with np.errstate(divide="ignore"):
-            previous = np.concatenate([np.log(carried)[None], sums[:-1]])
-        expected.append(sums)
-        decays.append(np.where(np.isinf(previous), 0, previous - sums))
-        start += length
-    np.testing.assert_allclose(z[0], np.concatenate(expected), rtol=1e-12)
-    np.testing.assert_allclose(log_decay[0], np.concatenate(decays), rtol=1e-12, atol=1e-12)
 
 
 def test_decays_that_are_sums_of_exponentials_never_exceed_one():

@@ -20,7 +20,8 @@ from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
 from jaxlm.ops.fast_weights import ttt_linear
 from jaxlm.ops.linear_attention import linear_attention
-from jaxlm.ops.log_linear import log_linear_attention
+from jaxlm.ops.log_linear import LogLinearState, log_linear_attention
+from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.ops.segments import positions_in_runs, resets, run_index
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import use_mesh
@@ -122,6 +123,29 @@ def selective():
     return partial(selective_scan, chunk_size=4), arrays, normal(5, B, H, K)
 
 
+def log_linear(levels, *position):
+    """Rows that so many tokens of their first document came before."""
+    position = jnp.asarray(position, jnp.int32)
+    # A digit of the position that is 0 stands for nothing; the last takes in what outgrows the levels.
+    filled = (jnp.minimum(position, 2 ** (levels - 1) - 1)[:, None] >> jnp.arange(levels - 1)) & 1
+
+    def op(*arrays, initial_state, segment_ids):
+        state = LogLinearState(initial_state, position)
+        return log_linear_attention(*arrays, initial_state=state, segment_ids=segment_ids, chunk_size=2)
+
+    # Milder decays than the others': what a level's matrix held some shards ago is still seen.
+    arrays = (normal(0, B, T, H, K), normal(1, B, T, H, K), normal(2, B, T, H, V), decays(B, T, H) / 20)
+    return op, (*arrays, gates(4, B, T, H, levels)), filled[:, None, :, None, None] * normal(3, B, H, levels - 1, K, V)
+
+
+def logsumexp(before):
+    def op(logits, *, initial_state, segment_ids):
+        z, log_decay = running_logsumexp(logits, initial_state, segment_ids)
+        return (z, log_decay), z[:, -1]
+
+    return op, (3 * normal(0, B, T, H, K),), before
+
+
 # op(*arrays, initial_state=, segment_ids=) -> (outputs, final state): a line per op.
 OPS = {
     "linear_attention": lambda: linear(None),
@@ -137,13 +161,17 @@ OPS = {
     "diagonal_recurrence-complex": lambda: diagonal(number=complex_normal),
     "diagonal_ssm": ssm,
     "selective_scan": selective,
+    "log_linear_attention": lambda: log_linear(10, 11, 6),
+    "log_linear_attention-outgrown": lambda: log_linear(6, 29, 37),
+    "running_logsumexp": lambda: logsumexp(3 * normal(1, B, H, K)),
+    "running_logsumexp-of-nothing": lambda: logsumexp(jnp.full((B, H, K), -jnp.inf)),
 }
 
 
 def loss(op, segment_ids):
     def value(arrays, state):
         o, final = op(*arrays, initial_state=state, segment_ids=segment_ids)
-        total = sum(jnp.sum(jnp.sin(x.real) + jnp.cos(x.imag)) for x in (o, final))
+        total = sum(jnp.sum(jnp.sin(x.real) + jnp.cos(x.imag)) for x in jax.tree.leaves((o, final)))
         return total, (o, final)
 
     return jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
@@ -157,10 +185,18 @@ def test_shards_give_the_values_and_gradients_of_one_device(case, shards):
     assert_close(split(run, shards)(arrays, state), jax.jit(run)(arrays, state))
 
 
-@pytest.mark.parametrize("case", ["linear_attention", "delta_rule-scalar"])
+@pytest.mark.parametrize("case", ["linear_attention", "delta_rule-scalar", "log_linear_attention", "running_logsumexp"])
 def test_one_document_over_all_shards(case):
     op, arrays, state = OPS[case]()
     run = loss(op, None)
+    assert_close(split(run, 8)(arrays, state), jax.jit(run)(arrays, state))
+
+
+@pytest.mark.parametrize("case", ["log_linear_attention", "running_logsumexp"])
+def test_shards_of_three_tokens(case):
+    """Neither a power of two nor a multiple of the chunk: positions say where digits move, wherever a shard begins."""
+    op, arrays, state = OPS[case]()
+    run, arrays = loss(op, documents()[:, :24]), tuple(x[:, :24] for x in arrays)
     assert_close(split(run, 8)(arrays, state), jax.jit(run)(arrays, state))
 
 
@@ -185,10 +221,11 @@ def test_a_hybrid_of_three_to_one(shards):
     assert_close(split(run, shards)(tree), jax.jit(run)(tree))
 
 
-@pytest.mark.parametrize("case", ["linear_attention-vector", "delta_rule-scalar"])
+@pytest.mark.parametrize("case", ["linear_attention-vector", "delta_rule-scalar", "log_linear_attention"])
 def test_the_logarithmic_prefix_equals_the_gathered_one(case, monkeypatch):
     op, arrays, state = OPS[case]()
-    run = loss(op, documents())
+    # Only a document over several shards asks for products of their transitions.
+    run = loss(op, documents().at[0].set(0))
     wanted = split(run, 8)(arrays, state)
     monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
     assert_close(split(run, 8)(arrays, state), wanted)
@@ -208,14 +245,14 @@ def collectives(fn, *args):
 # Of each kind of state and transition, forward and backward.
 TRAFFIC = (
     "linear_attention-scalar", "delta_rule-scalar", "dplr_delta_rule", "diagonal_recurrence", "diagonal_recurrence-constant",
-    "diagonal_ssm", "selective_scan",
+    "diagonal_ssm", "selective_scan", "log_linear_attention", "running_logsumexp",
 )  # fmt: skip
 
 
 # The logarithmic prefix is one mechanism for all of them.
 FAST_TRAFFIC = [
     ("linear_attention-scalar", True), ("linear_attention-scalar", False), ("delta_rule-scalar", True),
-    ("diagonal_recurrence", True),
+    ("diagonal_recurrence", True), ("log_linear_attention", True), ("running_logsumexp", True),
 ]  # fmt: skip
 
 
@@ -292,8 +329,8 @@ def test_shards_that_do_not_divide_the_sequence_are_an_error(op):
     norm, weights = jnp.ones((1, 2)), {"w": jnp.zeros((1, 2, 2)), "b": jnp.zeros((1, 2))}
     calls = {
         "linear_attention": lambda: linear_attention(q, q, q),
-        # Not split natively; XLA would pad them in silence.
         "log_linear_attention": lambda: log_linear_attention(q, q, q, gate, jnp.ones((1, 12, 1, 5))),
+        # Not split natively; XLA would pad them in silence.
         "ttt_linear": lambda: ttt_linear(q, q, q, gate, jnp.ones(4), weights, norm, norm, chunk_size=4),
     }
     with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):

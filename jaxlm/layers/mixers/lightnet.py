@@ -22,7 +22,7 @@ from jaxlm.layers.mixers.common import (
 )
 from jaxlm.layers.mixers.delta import GatedOutput
 from jaxlm.ops.linear_attention import linear_attention
-from jaxlm.ops.segments import check_segment_ids, resets
+from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.parallel.context import constrain
 from jaxlm.schema import Schema
 
@@ -41,36 +41,6 @@ class LightNetSettings(Schema):
 
     def sequence_flops(self, width: int, context: int) -> float:
         return recurrent_flops(self.heads(width), self.head_dim, self.head_dim)
-
-
-def running_logsumexp(
-    logits: Float[Array, "B T H K"], before: Float[Array, "B H K"] | None, segment_ids: Int[Array, "B T"] | None
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"]]:
-    """z_t = log sum_{s <= t} exp(logit_s) over each document so far, and the log decay z_{t-1} - z_t <= 0.
-
-    Args:
-      logits: in float32.
-      before: z before token 0, which the first run of a row continues; minus infinity, and None, where nothing was summed.
-      segment_ids: sums start anew where the id changes.
-
-    Returns:
-      z, and the log decay; that of a document's first token, which no state precedes, is 0.
-    """
-    check_segment_ids(segment_ids, logits.shape[:2])
-    first = jnp.zeros(logits.shape[:2], bool) if segment_ids is None else resets(segment_ids)
-    first = jnp.broadcast_to(first[..., None, None], logits.shape)
-    sums = logits
-    if before is not None:
-        sums = sums.at[:, 0].set(jnp.logaddexp(before, logits[:, 0]))
-
-    def join(left, right):
-        return left[0] | right[0], jnp.where(right[0], right[1], jnp.logaddexp(left[1], right[1]))
-
-    _, z = jax.lax.associative_scan(join, (first, sums), axis=1)
-    start = jnp.full_like(z[:, 0], -jnp.inf) if before is None else before
-    previous = jnp.concatenate([start[:, None], z[:, :-1]], axis=1)
-    # Sums never fall, but rounding may make them.
-    return z, jnp.where(first | (previous == -jnp.inf) | (previous > z), 0, previous - z)
 
 
 class LightNet(nnx.Module):
