@@ -56,19 +56,47 @@ def convolve(x, taps):
     return y * sigmoid(y)
 
 
-def memory(p, settings, x, r):
+def low_rank(p, x, r, activation=lambda x: x):
+    return sigmoid(activation(x @ p["down"]["kernel"][r]) @ p["up"]["kernel"][r] + p["bias"])
+
+
+def generalised_delta(p, heads, x, shift, r):
+    """RWKV-7 over the tokens that a memory gets; `shift` is the token before each in the row, less the token."""
+    own = p["generalised"]
+    mixed = {name: x + shift * mu for name, mu in zip("rwkva", own["mix"], strict=True)}
+    split = lambda y: y.reshape(len(x), heads, -1)  # noqa: E731
+    q = split(mixed["r"] @ p["q"]["kernel"])
+    k, v = (split(mixed[name] @ p[name]["kernel"][r]) for name in "kv")
+    decay = np.exp(-np.exp(-0.5) * split(low_rank(own["decay"], mixed["w"], r, np.tanh)))
+    rate = split(low_rank(own["rate"], mixed["a"], r))
+    removal = unit(k * own["k_k"])
+    k = k * (1 + (rate - 1) * own["k_a"])
+    state, out = np.zeros((heads, k.shape[-1], v.shape[-1])), []
+    for t in range(len(x)):
+        removed = np.einsum("hk,hkv->hv", removal[t], state)
+        state = decay[t][..., None] * state - (removal[t] * rate[t])[..., None] * removed[:, None]
+        state = state + k[t][..., None] * v[t][:, None]
+        bonus = np.sum(q[t] * k[t] * own["r_k"], -1, keepdims=True) * v[t]
+        out.append(np.einsum("hk,hkv->hv", q[t], state) + bonus)
+    return np.stack(out)
+
+
+def memory(p, settings, x, shift, r):
     """One memory over the tokens it gets: projections, convolutions, recurrence. [n, D] -> [n, H, V]."""
     rule, heads = settings.rule, settings.heads
+    if rule == "rwkv7":
+        return generalised_delta(p, heads, x, shift, r)
     q, k, v = x @ p["q"]["kernel"], x @ p["k"]["kernel"][r], x @ p["v"]["kernel"][r]
     if settings.convolution:
         taps = {name: p["convolve"][name]["weight"] for name in p["convolve"]}
         q, k, v = (convolve(y, taps[name]) if name in taps else y for name, y in (("q", q), ("k", k), ("v", v)))
-    elif rule == "hgrn2":
+    elif rule in ("hgrn2", "lightnet"):
         q = q * sigmoid(q)
     q, k, v = (y.reshape(len(x), heads, -1) for y in (q, k, v))
     delta = rule in ("deltanet", "gated_deltanet", "kda")
     if delta:
-        q, k, beta = unit(q), unit(k), sigmoid(x @ p["beta"]["kernel"][r])
+        q, k, beta = unit(q), unit(k), sigmoid(x @ p["beta"]["kernel"][r]).reshape(len(x), heads, -1)
+        write = beta if settings.gates == "head" else sigmoid(x @ p["write"]["kernel"][r]).reshape(v.shape)
     g = np.zeros((len(x), heads, 1))
     if rule == "retention":
         g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[:, None]
@@ -79,6 +107,9 @@ def memory(p, settings, x, r):
         bound = odds / (1 + odds)
         forget = bound + (1 - bound) * sigmoid(k)
         g, k = np.log(forget), 1 - forget
+    if rule == "lightnet":
+        sums = np.cumsum(np.exp(k), axis=0)
+        g, k = np.log(np.concatenate([sums[:1], sums[:-1]]) / sums), np.exp(k) / sums
     if rule in ("simple_gla", "mamba2", "gated_deltanet"):
         g = (x @ p["decay"]["up"]["kernel"][r])[..., None]
     if rule in ("gla", "kda"):
@@ -92,10 +123,10 @@ def memory(p, settings, x, r):
     out = []
     for t in range(len(x)):
         state = np.exp(g[t])[..., None] * state
-        write = step[t] * v[t] if rule == "mamba2" else v[t]
+        written = step[t] * v[t] if rule == "mamba2" else v[t]
         if delta:
-            write = beta[t][:, None] * (v[t] - np.einsum("hk,hkv->hv", k[t], state))
-        state = state + k[t][..., None] * write[:, None]
+            written = write[t] * v[t] - np.einsum("hk,hkv->hv", beta[t] * k[t], state)
+        state = state + k[t][..., None] * written[:, None]
         read = np.einsum("hk,hkv->hv", q[t], state)
         out.append(read + p["skip"][:, None] * v[t] if rule == "mamba2" else read / np.sqrt(k.shape[-1]))
     return np.stack(out)
@@ -110,13 +141,14 @@ def document(p, settings, x):
     """A whole document, memory by memory."""
     scores = scores_of(p, x)
     chosen = np.argsort(-scores, axis=-1)[:, : settings.top_k]
-    o = memory(p, settings, x, settings.memories) if settings.shared else 0.0
+    shift = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
+    o = memory(p, settings, x, shift, settings.memories) if settings.shared else 0.0
     o = np.broadcast_to(o, (len(x), settings.heads, p["v"]["kernel"].shape[-1] // settings.heads)).copy()
     for r in range(settings.memories):
         mine = np.flatnonzero((chosen == r).any(-1))
         if len(mine):
             weight = scores[mine, r] / np.take_along_axis(scores[mine], chosen[mine], -1).sum(-1)
-            o[mine] += weight[:, None, None] * memory(p, settings, x[mine], r)
+            o[mine] += weight[:, None, None] * memory(p, settings, x[mine], shift[mine], r)
     o = o / np.sqrt(np.mean(o * o, -1, keepdims=True) + 1e-5) * p["output"]["norm"]["scale"]
     z = x @ p["output"]["gate"]["kernel"]
     return (o.reshape(len(x), -1) * z * sigmoid(z)) @ p["output"]["project"]["kernel"]
@@ -126,20 +158,27 @@ def numpy_params(mixer):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), params_lib.split(mixer)[1])
 
 
-def expected_rows(mixer, x, lengths):
-    p, x = numpy_params(mixer), np.asarray(x, np.float64)
+def equations(p, settings, x, lengths):
     starts = np.cumsum([0, *lengths])
-    pieces = [[document(p, mixer.settings, row[a:b]) for a, b in itertools.pairwise(starts)] for row in x]
+    pieces = [[document(p, settings, row[a:b]) for a, b in itertools.pairwise(starts)] for row in np.asarray(x, np.float64)]
     return np.stack([np.concatenate(row) for row in pieces])
+
+
+def expected_rows(mixer, x, lengths):
+    return equations(numpy_params(mixer), mixer.settings, x, lengths)
 
 
 LENGTHS = (6, 1, 4)
 IDS = jnp.repeat(jnp.asarray([[4, 1, 4]] * 2), jnp.asarray(LENGTHS), axis=1, total_repeat_length=11)
-RULES = typing.get_args(MoMSettings.model_fields["rule"].annotation)
+# Every rule, and the decoupled gates.
+RULES = {rule: {"rule": rule} for rule in typing.get_args(MoMSettings.model_fields["rule"].annotation)}
+RULES["kda, gates of gdn2"] = {"rule": "kda", "gates": "channel"}
 CASES = {
-    **{rule: {"rule": rule} for rule in RULES},
+    **RULES,
     "one of many, alone": {"rule": "gla", "memories": 5, "top_k": 1, "shared": False, "convolution": 0},
     "hgrn2, no convolution": {"rule": "hgrn2", "convolution": 0},
+    "lightnet, no convolution": {"rule": "lightnet", "convolution": 0},
+    "rwkv7, one of many": {"rule": "rwkv7", "memories": 5, "top_k": 1},
 }
 
 
@@ -163,7 +202,7 @@ def test_equals_its_equations_with_and_without_a_state(case):
 @pytest.mark.parametrize("rule", [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_every_memory_continues_its_own_state(rule):
     """Pieces with a border inside, at their edge, and single tokens continue what each memory had."""
-    mixer, x = make(rule=rule), rows(12)
+    mixer, x = make(**RULES[rule]), rows(12)
     state = mixer.init_state(2, 12, jnp.float32)
     shapes = jax.tree.map(lambda s: (s.shape, s.dtype), state)
     out = []
@@ -181,9 +220,35 @@ def test_every_memory_continues_its_own_state(rule):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, fresh)
 
 
+@pytest.mark.parametrize("rule", [r if r == "lightnet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+def test_gradients_are_the_slopes_of_its_equations(rule):
+    """Of every parameter along a direction, and of the input, against differences of the equations in float64."""
+    mixer, x = make(**RULES[rule]), rows()
+    graphdef, tree = params_lib.split(mixer)
+    weights = np.random.default_rng(3).normal(size=x.shape)
+    loss = lambda tree, x: jnp.sum(call(nnx.merge(graphdef, tree), x, None, IDS)[0] * weights)  # noqa: E731
+    gradients = jax.tree.leaves_with_path(jax.jit(jax.grad(loss, argnums=(0, 1)))(tree, x))
+    point = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (tree, x))
+    for number, (path, gradient) in enumerate(gradients):
+        name = jax.tree_util.keystr(path)
+        if "rates" in name or "position" in name:
+            assert not np.any(gradient)  # fixed by the architecture
+            continue
+        direction = np.random.default_rng(number).normal(size=gradient.shape)
+
+        def along(step, number=number, direction=direction):
+            leaves, structure = jax.tree.flatten(point)
+            leaves[number] = leaves[number] + step * direction
+            moved, x = jax.tree.unflatten(structure, leaves)
+            return np.sum(equations(moved, mixer.settings, x, LENGTHS) * weights)
+
+        slope = (along(1e-6) - along(-1e-6)) / 2e-6
+        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
 @each_rule
 def test_later_tokens_do_not_change_earlier_outputs_by_one_bit(rule):
-    mixer, x = make(rule=rule), rows()
+    mixer, x = make(**RULES[rule]), rows()
     for begin in (2, 5, 8):
         before, after = call(mixer, x, None, IDS)[0], call(mixer, x.at[:, begin:].multiply(-1), None, IDS)[0]
         np.testing.assert_array_equal(before[:, :begin], after[:, :begin])
@@ -206,7 +271,7 @@ def test_auxiliary_loss_of_an_even_and_a_padded_row():
 
 @pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_the_router_learns_from_the_output_and_from_the_loss(rule):
-    mixer, x = make(rule=rule), rows()
+    mixer, x = make(**RULES[rule]), rows()
     graphdef, tree = params_lib.split(mixer)
 
     @jax.jit
@@ -228,7 +293,7 @@ def test_the_router_learns_from_the_output_and_from_the_loss(rule):
 
 @pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_rows_of_a_batch_stay_on_their_devices(rule):
-    mixer, x = make(rule=rule), rows()
+    mixer, x = make(**RULES[rule]), rows()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     compiled = jax.jit(lambda mixer, x: mixer(x, None, IDS)[0]).lower(mixer, spread).compile()
@@ -252,5 +317,7 @@ def test_published_parameter_count():
 def test_input_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="top_k=3 is more than memories=2; lower it or add memories"):
         MoMSettings(memories=2, top_k=3)
+    with pytest.raises(ValueError, match="gates=channel goes with rule=kda, not with rule=gla"):
+        MoMSettings(rule="gla", gates="channel")
     with pytest.raises(UserError, match="memories=5 are more than the 3 tokens of a row"):
         make(memories=5)(rows(3))
