@@ -1,6 +1,7 @@
 """Mixture of memories: against its equations token by token, with documents, states and the router's loss."""
 
 import itertools
+import math
 import typing
 
 import jax
@@ -14,7 +15,11 @@ from jaxlm import params as params_lib
 from jaxlm.layers.ffn import SwiGLUSettings
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.mixers.mom import MoM, MoMSettings
+from jaxlm.parallel import sequence
+from jaxlm.parallel.context import DEFAULT_RULES, use_mesh
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.schema import UserError
+from tests.parallel.test_sequence import COLLECTIVE
 
 WIDTH, DEPTH, LAYER = 12, 4, 1
 
@@ -179,6 +184,7 @@ CASES = {
     "hgrn2, no convolution": {"rule": "hgrn2", "convolution": 0},
     "lightnet, no convolution": {"rule": "lightnet", "convolution": 0},
     "rwkv7, one of many": {"rule": "rwkv7", "memories": 5, "top_k": 1},
+    "a convolution of one tap": {"rule": "gla", "convolution": 1},
 }
 
 
@@ -301,6 +307,102 @@ def test_rows_of_a_batch_stay_on_their_devices(rule):
     assert not any(
         traffic in compiled.as_text() for traffic in ("all-gather", "all-to-all", "all-reduce", "collective-permute")
     )
+
+
+def documents(length=32):
+    """A row of documents that cross the borders of shards and end at one, and a row of many short ones."""
+    ids = np.zeros((2, length), np.int32)
+    ids[0, 5:], ids[0, length // 2 :] = 1, 2
+    ids[1] = np.random.default_rng(0).integers(0, 2, size=length)
+    return jnp.asarray(ids)
+
+
+# Blocks of two tokens: a memory has several on a shard of 4 to 16 tokens. Convolutions reach back over more than a shard,
+# where a memory gets few tokens.
+SPLIT = {rule: {**case, "chunk_size": 2, "convolution": 4} for rule, case in RULES.items()}
+SPLIT["blocks of several chunks"] = {"rule": "gla", "memories": 2, "top_k": 1, "shared": False, "chunk_size": 1}
+SPLIT["a convolution of one tap"] = {"rule": "gla", "chunk_size": 2, "convolution": 1}
+SPLIT["no state"] = SPLIT["gated_deltanet"]
+SPLIT["logarithmic prefix"] = SPLIT["gated_deltanet"]
+MESHES = {
+    "2": {"sequence": 2}, "4": {"sequence": 4}, "8": {"sequence": 8}, "2 of all axes": {"sequence": 2, "data": 2, "tensor": 2},
+}  # fmt: skip
+EVERY_MESH = ("gla", "gated_deltanet", "lightnet", "rwkv7", "blocks of several chunks")
+SHARDS = [
+    pytest.param(case, mesh, marks=() if (case, mesh) == ("gated_deltanet", "8") else pytest.mark.slow)
+    for case in SPLIT
+    for mesh in (MESHES if case in EVERY_MESH else ("8",))
+]
+
+
+@pytest.mark.parametrize(("case", "mesh"), SHARDS)
+def test_shards_of_a_sequence_give_the_values_and_gradients_of_one_device(case, mesh, monkeypatch):
+    """With documents over the shards' borders, from a state that earlier tokens left, and a token decoded after them."""
+    mixer, x, ids = make(**SPLIT[case]), rows(32), documents()
+    graphdef, tree = params_lib.split(mixer)
+    state = None if case == "no state" else call(mixer, rows(5), mixer.init_state(2, 32, jnp.float32))[1]
+
+    def loss(tree, x, state):
+        mixer = nnx.merge(graphdef, tree)
+        y, state, auxiliary = mixer.with_auxiliary(x, state, ids)
+        out = [y] if state is None else [y, mixer(x[:, :1], state)[0]]
+        # LightNet's running sums are logarithms, some of nothing.
+        out += [jax.nn.sigmoid(s) if name == "sum" else s for name, s in sorted((state or {}).items())]
+        return auxiliary + sum(jnp.sum(jnp.sin(z)) for z in out), (out, auxiliary)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1) if state is None else (0, 1, 2), has_aux=True)
+    expected = jax.jit(run)(tree, x, state)
+    if case == "logarithmic prefix":
+        monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    sizes = MESHES[mesh]
+    with use_mesh(make_mesh({"data": 1, **sizes}, jax.devices()[: math.prod(sizes.values())])):
+        got = jax.jit(lambda *args: run(*args))(tree, x, state)
+
+    def close(path, a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.max(np.abs(b), initial=1), err_msg=jax.tree_util.keystr(path))
+
+    jax.tree.map_with_path(close, got, expected)
+
+
+@pytest.mark.parametrize("rule", ["gated_deltanet", *(pytest.param(r, marks=pytest.mark.slow) for r in ("lightnet", "rwkv7"))])
+def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule):
+    mixer, x, ids = make(**SPLIT[rule]), rows(32), documents()
+    with use_mesh(make_mesh({"data": 1, "sequence": 4}, jax.devices()[:4])):
+        run = jax.jit(lambda mixer, x: mixer(x, None, ids)[0])
+        before = run(mixer, x)
+        for begin in (3, 9, 16, 25):
+            after = run(mixer, x.at[:, begin:].multiply(-1))
+            np.testing.assert_array_equal(before[:, :begin], after[:, :begin])
+            assert not np.array_equal(before[:, begin:], after[:, begin:])
+
+
+@pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    # LightNet's running sum is an op beside the memories, with traffic of its own.
+    "rule",
+    [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES if r != "lightnet"],
+)
+def test_traffic_between_shards_does_not_depend_on_the_number_of_tokens(rule, gathered, monkeypatch):
+    if not gathered:
+        monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    graphdef, tree = params_lib.split(make(**RULES[rule]))
+    # Nothing but the sequence is split: other axes, of one device, would have collectives that send nothing.
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    rules = {name: ("sequence",) if name == "sequence" else () for name in DEFAULT_RULES}
+
+    def loss(tree, x, ids):
+        y, _, auxiliary = nnx.merge(graphdef, tree).with_auxiliary(x, None, ids)
+        return jnp.sum(jnp.sin(y)) + auxiliary
+
+    sent = []
+    for length in (64, 512):
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "sequence")))  # noqa: E731
+        arrays = put(jnp.zeros((2, length, WIDTH))), put(jnp.zeros((2, length), jnp.int32))
+        with use_mesh(mesh, rules):
+            compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(tree, *arrays).compile()
+        sent.append(sorted((kind, shapes) for shapes, kind in COLLECTIVE.findall(compiled.as_text())))
+    assert sent[0] == sent[1]
+    assert any(kind == ("all-gather" if gathered else "collective-permute") for kind, _ in sent[0])
 
 
 def test_published_parameter_count():

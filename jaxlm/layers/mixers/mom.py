@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.segments import resets, run_index
+from jaxlm.parallel import sequence
 from jaxlm.parallel.context import constrain
 from jaxlm.params import param
 from jaxlm.schema import Schema, UserError
@@ -222,6 +225,11 @@ class MoM(nnx.Module):
     T (top_k + shared) tokens and a few empty chunks. With a state, every memory is a row of its own of T tokens, the
     empty slots behind its tokens inert (no key, value nor decay), which leaves its last state as the final one: the op
     costs `memories` times the tokens. Projections of all tokens for all memories are computed either way.
+
+    Where the sequence is split over devices, each groups its own tokens, in blocks of a few chunks. A block, and with it a
+    memory's blocks on a device, is an affine map of the memory's state, so that what devices exchange is the states of all
+    memories, and the last inputs of each for the convolutions, whatever the number of tokens (`jaxlm.parallel.sequence`).
+    The op runs over the blocks three times: for what they write, for what they keep of a state, and for the outputs.
     """
 
     def __init__(self, settings: MoMSettings, context: LayerContext, *, rngs: nnx.Rngs):
@@ -441,17 +449,17 @@ class _Groups(NamedTuple):
           run_before: [B, 1], of the tail.
           memory, end, run: [B, n].
         """
-        past = tail.shape[2]
+        batch, memories, past, channels = tail.shape
         number = end[..., None] + jnp.arange(past) - past
         slot = jnp.where(
             number < 0,
             memory[..., None] * past + past + number,
-            self.slot.shape[2] * past + _take(self.first, memory)[..., None] * self.size + number,
+            memories * past + _take(self.first, memory)[..., None] * self.size + number,
         )
-        slot = slot.reshape(slot.shape[0], -1)
-        tails = tail.reshape(tail.shape[0], -1, tail.shape[-1])
+        slot = slot.reshape(batch, end.shape[1] * past)
+        tails = tail.reshape(batch, memories * past, channels)
         ids = jnp.concatenate([jnp.broadcast_to(run_before, tails.shape[:2]), self.ids], axis=1)
-        inputs = _take(jnp.concatenate([tails, x], axis=1), slot).reshape(*number.shape, -1)
+        inputs = _take(jnp.concatenate([tails, x], axis=1), slot).reshape(*number.shape, channels)
         mine = _take(ids, slot).reshape(number.shape) == run[..., None]
         return jnp.where(mine[..., None], inputs, 0)
 
@@ -493,29 +501,57 @@ def _read_memories(
         [B, T], the index of its document.
       weights: of the chosen memories' outputs.
     """
+    batch, length, heads = *weights.shape[:2], settings.heads
+    if not sequence.split(length):
+        return _read_span(settings, False, taps, tokens, routing, weights, state)
+    # Channels of convolutions go where their heads go.
+    apart = lambda x: x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # noqa: E731
+    flat = lambda x: x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))  # noqa: E731
+    taps = {name: apart(x) for name, x in taps.items()}
+    states = ("batch", None, "heads", None, None)
+    state_axes = None
+    if state is not None:
+        state = {name: apart(x) if name in taps else x for name, x in state.items()}
+        state_axes = {name: ("batch", None, None, "heads", None) if name in taps else states for name in state}
+    per_token = ("batch", sequence.AXIS)
+    token_axes = {name: (*per_token, None, "heads", *[None] * (x.ndim - 4)) for name, x in tokens.items()}
+
+    def local(taps, tokens, routing, weights, state):
+        old = None if state is None else {name: flat(x) if name in taps else x for name, x in state.items()}
+        o, new = _read_span(settings, True, {name: flat(x) for name, x in taps.items()}, tokens, routing, weights, old)
+        return o, {name: x.reshape(state[name].shape) for name, x in new.items()}
+
+    o, new = sequence.shard_map(
+        local, {"batch": batch, sequence.AXIS: length, "heads": heads},
+        (dict.fromkeys(taps, (None, "heads", None)), token_axes, (per_token,) * 3, per_token, state_axes),
+        ((*per_token, "heads", None), state_axes or {}), taps, tokens, routing, weights, state,
+    )  # fmt: skip
+    return o, {name: flat(x) if name in taps else x for name, x in new.items()}
+
+
+def _read_span(settings: MoMSettings, shard: bool, taps, tokens, routing, weights, state) -> tuple[Array, State]:
+    """`_read_memories` of whole rows, or of a shard's span of them inside `sequence.shard_map`."""
     routed, chosen, run = routing
     batch, length, memories = routed.shape
-    size = length if state is not None else min(settings.chunk_size, 1 << (length - 1).bit_length())
+    size = min(settings.chunk_size, 1 << (length - 1).bit_length())
+    if shard:
+        # Every block has its states in memory: longer ones, while the empty slots behind a memory's tokens are few.
+        size = max(size, (1 << (length // (4 * memories)).bit_length()) // 2)
+    elif state is not None:
+        size = length
     groups = _group(routed, run, chosen.shape[2], size)
     run_before = jnp.zeros_like(run[:, :1])
+    if shard:
+        run_before = sequence.halo(run, run_before)
     place = lambda x: constrain(x, "batch", None, "heads", *[None] * (x.ndim - 3))  # noqa: E731
     values = {name: place(groups.gather(x)) for name, x in tokens.items()}
     new_state = {}
 
     for name, weight in taps.items():
         inputs = values[name].reshape(batch, groups.source.shape[1], -1)
-        past = weight.shape[0] - 1
-        nothing = jnp.zeros((batch, memories, past, inputs.shape[-1]), inputs.dtype)
-        tail = nothing if state is None else state[name].astype(inputs.dtype)
-        each, last = jnp.arange(memories)[None], run[:, -1:]
-        new_state[name] = groups.inputs_before(inputs, tail, run_before, each, groups.count, last)
-        begin = (jnp.arange(groups.memory.shape[1]) - _take(groups.first, groups.memory)) * size
-        ids = groups.ids.reshape(*begin.shape, size)
-        before = groups.inputs_before(inputs, tail, run_before, groups.memory, begin, ids[..., 0])
-        y, _ = short_convolution(
-            groups.blocks(inputs), weight.astype(inputs.dtype), state=before.reshape(-1, past, inputs.shape[-1]),
-            segment_ids=groups.blocks(groups.ids), activation="silu",
-        )  # fmt: skip
+        tail = jnp.zeros((batch, memories, weight.shape[0] - 1, inputs.shape[-1]), inputs.dtype)
+        tail = tail if state is None else state[name].astype(inputs.dtype)
+        y, new_state[name] = _convolve(shard, inputs, weight, tail, groups, run_before, run[:, -1:])
         values[name] = place(y.reshape(values[name].shape))
 
     v = values["v"]
@@ -525,16 +561,23 @@ def _read_memories(
     if settings.rule in DELTA_RULES:
         values |= {name: l2_normalise(values[name]) for name in ("q", "k")}
     values = {name: x if name in ("q", "a") else groups.fill(x) for name, x in values.items()}
-    if state is None:
+    if state is None and not shard:
         # Memories follow each other in one row as documents do.
         ids = groups.ids * memories + jnp.repeat(groups.memory, size, axis=1)
         o, _ = _recur(settings.rule, size, values, ids, None)
     else:
-        entering = jnp.where(groups.fresh(run_before)[..., None, None, None], 0, state["recurrent"])
         rows = {name: groups.blocks(x) for name, x in values.items()}
-        entering = entering.reshape(-1, *entering.shape[2:])
-        o, last = _recur(settings.rule, settings.chunk_size, rows, groups.blocks(groups.ids), entering)
-        new_state["recurrent"] = last.reshape(batch, memories, *last.shape[1:])
+        run_op = partial(_recur, settings.rule, settings.chunk_size, ids=groups.blocks(groups.ids))
+        fresh = groups.fresh(run_before)[..., None, None, None]
+        entering = None if state is None else state["recurrent"]
+        last = None
+        if shard:
+            matrix = settings.rule in MATRIX_RULES
+            entering, last = _entering_states(run_op, matrix, rows, groups, fresh, run[:, -1:], entering)
+        # A document that starts with a block, or between it and what its memory has before, drops the state.
+        entering = jnp.where(fresh, 0, entering)
+        o, leaving = run_op(rows, initial=entering.reshape(-1, *entering.shape[2:]))
+        new_state["recurrent"] = last if shard else leaving.reshape(entering.shape)
     o = o.reshape(v.shape)
     if skip is not None:
         o = o + (skip[..., None] * v).astype(o.dtype)
@@ -546,6 +589,82 @@ def _read_memories(
     if state is None:
         return o, {}
     return o, {name: x.astype(state[name].dtype) for name, x in new_state.items()}
+
+
+def _convolve(
+    shard: bool, inputs: Float[Array, "B S E"], weight: Float[Array, "W E"], tail: Float[Array, "B R P E"],
+    groups: _Groups, run_before: Int[Array, "B 1"], last_run: Int[Array, "B 1"],
+) -> tuple[Float[Array, "B N L E"], Float[Array, "B R P E"]]:  # fmt: skip
+    """The short convolution of every block, and each memory's last P = W - 1 inputs; `tail` are those before the row.
+
+    The tails that enter a shard come by the mechanism of all states. A memory may get fewer than P tokens on a shard, so
+    that its tail spans several: of P inputs those of the shard are what is written, and the transition moves the ones
+    before them by as many places; or drops them, where the document has changed.
+    """
+    memories, past, channels = tail.shape[1:]
+    each = jnp.arange(memories)[None]
+    last_inputs = lambda tail: groups.inputs_before(inputs, tail, run_before, each, groups.count, last_run)  # noqa: E731
+    if shard:
+        old, new = jnp.arange(past), jnp.arange(past)[:, None]
+        moved = (old == new + groups.count[..., None, None]) & (run_before == last_run)[..., None, None]
+        written = last_inputs(jnp.zeros_like(tail))
+        tail, last = sequence.prefix(sequence.apply_matrix, moved.astype(tail.dtype), written, tail)
+    else:
+        last = last_inputs(tail)
+    begin = (jnp.arange(groups.memory.shape[1]) - _take(groups.first, groups.memory)) * groups.size
+    run = groups.ids.reshape(*begin.shape, groups.size)[..., 0]
+    before = groups.inputs_before(inputs, tail, run_before, groups.memory, begin, run)
+    y, _ = short_convolution(
+        groups.blocks(inputs), weight.astype(inputs.dtype), state=before.reshape(groups.memory.size, past, channels),
+        segment_ids=groups.blocks(groups.ids), activation="silu",
+    )  # fmt: skip
+    return y, last
+
+
+def _entering_states(
+    run: Callable, matrix: bool, rows: dict[str, Array], groups: _Groups, fresh: Bool[Array, "B N 1 1 1"],
+    last_run: Int[Array, "B 1"], state: Float[Array, "B R H K V"] | None,
+) -> tuple[Float[Array, "B N H K V"], Float[Array, "B R H K V"]]:  # fmt: skip
+    """The states that enter a shard's blocks, and those of all memories after the last shard.
+
+    A block makes M s + N of the state s that enters it: N is what it writes from nothing, M what it makes of the identity
+    when it writes nothing. Products over each memory's blocks make a shard an affine map of the memories' states, as it
+    is of one state in other recurrences.
+    """
+    v = rows["v"]
+    size = rows["k"].shape[-1]
+    _, written = run(rows, initial=None)
+    identity = jnp.eye(size, dtype=written.dtype) if matrix else jnp.ones((size, 1), written.dtype)
+    nothing = jnp.zeros((*v.shape[:-1], identity.shape[-1]), v.dtype)
+    silent = rows | {name: nothing.astype(rows[name].dtype) for name in ("v", "write") if name in rows}
+    _, transition = run(silent, initial=jnp.broadcast_to(identity, (*written.shape[:2], *identity.shape)))
+    apply = sequence.apply_matrix if matrix else jnp.multiply
+    written, transition = (x.reshape(*groups.memory.shape, *x.shape[1:]) for x in (written, transition))
+    transition = jnp.where(fresh, 0, transition)
+    begins = groups.begins()[..., None, None, None]
+
+    def step(carry, block):
+        begins, transition, written = block
+        before, state = carry
+        before = jnp.where(begins, transition, apply(transition, before))
+        state = jnp.where(begins, written, apply(transition, state) + written)
+        return (before, state), carry
+
+    blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (begins, transition, written))
+    start = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), (transition, written))
+    end, before = jax.lax.scan(step, start, blocks)
+    # From the memory's first block on: up to each block, and after its last.
+    before = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), before)
+    after = jax.tree.map(lambda x, end: jnp.concatenate([x, end[:, None]], axis=1), before, end)
+    next_first = jnp.pad(groups.first[:, 1:], ((0, 0), (0, 1)), constant_values=groups.memory.shape[1])
+    # The last document may not visit a memory, whose slots may all be filled: no empty one then, which drops the state.
+    ended = (_take(groups.ids, next_first * groups.size - 1) != last_run)[..., None, None, None]
+    whole = jax.tree.map(lambda x: jnp.where(ended, 0, _take(x, next_first)), after)
+    if state is None:
+        state = jnp.zeros_like(whole[1])
+    entering, last = sequence.prefix(apply, *whole, state)
+    entering = _take(entering, groups.memory)
+    return jnp.where(begins, entering, apply(before[0], entering) + before[1]), last
 
 
 def _recur(
