@@ -7,9 +7,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.ops.segments import check_segment_ids, resets, run_index
+from jaxlm.ops.segments import check_segment_ids, resets
 from jaxlm.parallel import sequence
 
 
@@ -88,7 +89,8 @@ def _convolve(activation, x, weight, bias, before, reset, resets_before):
     inputs = jnp.concatenate([before, x], axis=1)
     runs = None
     if reset is not None:
-        runs = run_index(jnp.concatenate([resets_before, reset], axis=1))
+        # Of these arrays alone: under a mesh, `run_index` would split their axis, whose length is no sequence's.
+        runs = lax.cumsum(jnp.concatenate([resets_before, reset], axis=1).astype(jnp.int32), axis=1)
 
     precise = jnp.promote_types(x.dtype, jnp.float32)
     y = jnp.zeros((), precise) if bias is None else bias.astype(precise)

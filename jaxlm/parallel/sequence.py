@@ -154,7 +154,7 @@ def _recurrence_forward(static, inputs, documents, state):
 
     def local(inputs, documents, state):
         _, written = op.outputs(inputs, documents, _zeros(state))
-        entering, final = _prefix(op, op.transition(inputs, documents), written, state)
+        entering, final = prefix(op.apply, op.transition(inputs, documents), written, state)
         o, _ = op.outputs(inputs, documents, entering)
         return o, final, jax.tree.map(lambda x: x[None], entering)
 
@@ -183,7 +183,7 @@ def _recurrence_backward(static, residuals, cotangents):
         _, pullback = jax.vjp(lambda inputs, state: op.outputs(inputs, documents, state), inputs, state)
         _, d_entering = pullback((do, _zeros(state)))
         transition = op.transpose(op.transition(inputs, documents))
-        d_leaving, d_state = _prefix(op, transition, d_entering, d_final, reverse=True)
+        d_leaving, d_state = prefix(op.apply, transition, d_entering, d_final, reverse=True)
         d_inputs, _ = pullback((do, d_leaving))
         return jax.tree.map(lambda axes, x: total(x, axes), op.input_axes, d_inputs, is_leaf=_is_axes), d_state
 
@@ -199,8 +199,16 @@ def _recurrence_backward(static, residuals, cotangents):
 _recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
-def _prefix(op: Recurrence, transition, written, first, *, reverse: bool = False):
-    """The states that enter each shard (in reverse: leave it), and the last one: s <- M s + N over the shards."""
+def prefix(apply: Callable, transition: Any, written: Any, first: Any, *, reverse: bool = False) -> tuple[Any, Any]:
+    """The states that enter each shard (in reverse: leave it), and the last one: s <- M s + N over the shards.
+
+    Inside `shard_map`.
+
+    Args:
+      apply: as of `Recurrence`.
+      transition, written: M and N of this shard.
+      first: enters the first shard.
+    """
     count = lax.axis_size(AXIS)
     rank = lax.axis_index(AXIS)
     rank = count - 1 - rank if reverse else rank
@@ -216,7 +224,7 @@ def _prefix(op: Recurrence, transition, written, first, *, reverse: bool = False
         def step(carry, shard):
             state, entering = carry
             index, transition, written = shard
-            return (add(op.apply(transition, state), written), where(index == rank, state, entering)), None
+            return (add(apply(transition, state), written), where(index == rank, state, entering)), None
 
         transitions, writes = lax.all_gather((transition, written), AXIS)
         order = jnp.arange(count)
@@ -232,12 +240,12 @@ def _prefix(op: Recurrence, transition, written, first, *, reverse: bool = False
     while distance < count:
         # Where nothing stands so far before, zeros come: N stays, and M must.
         transition_, written_ = earlier((transition, written), distance)
-        written = add(op.apply(transition, written_), written)
-        transition = where(rank >= distance, op.apply(transition, transition_), transition)
+        written = add(apply(transition, written_), written)
+        transition = where(rank >= distance, apply(transition, transition_), transition)
         distance *= 2
     transition_, written_ = earlier((transition, written), 1)
-    entering = where(rank > 0, add(op.apply(transition_, first), written_), first)
-    return entering, from_last(add(op.apply(transition, first), written), rank)
+    entering = where(rank > 0, add(apply(transition_, first), written_), first)
+    return entering, from_last(add(apply(transition, first), written), rank)
 
 
 def from_last(x: Any, rank: Array | None = None) -> Any:

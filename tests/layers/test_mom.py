@@ -1,6 +1,7 @@
 """Mixture of memories: against its equations token by token, with documents, states and the router's loss."""
 
 import itertools
+import math
 import typing
 
 import jax
@@ -14,7 +15,11 @@ from jaxlm import params as params_lib
 from jaxlm.layers.ffn import SwiGLUSettings
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.mixers.mom import MoM, MoMSettings
+from jaxlm.parallel import sequence
+from jaxlm.parallel.context import DEFAULT_RULES, use_mesh
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.schema import UserError
+from tests.parallel.test_sequence import COLLECTIVE
 
 WIDTH, DEPTH, LAYER = 12, 4, 1
 
@@ -56,19 +61,47 @@ def convolve(x, taps):
     return y * sigmoid(y)
 
 
-def memory(p, settings, x, r):
+def low_rank(p, x, r, activation=lambda x: x):
+    return sigmoid(activation(x @ p["down"]["kernel"][r]) @ p["up"]["kernel"][r] + p["bias"])
+
+
+def generalised_delta(p, heads, x, shift, r):
+    """RWKV-7 over the tokens that a memory gets; `shift` is the token before each in the row, less the token."""
+    own = p["generalised"]
+    mixed = {name: x + shift * mu for name, mu in zip("rwkva", own["mix"], strict=True)}
+    split = lambda y: y.reshape(len(x), heads, -1)  # noqa: E731
+    q = split(mixed["r"] @ p["q"]["kernel"])
+    k, v = (split(mixed[name] @ p[name]["kernel"][r]) for name in "kv")
+    decay = np.exp(-np.exp(-0.5) * split(low_rank(own["decay"], mixed["w"], r, np.tanh)))
+    rate = split(low_rank(own["rate"], mixed["a"], r))
+    removal = unit(k * own["k_k"])
+    k = k * (1 + (rate - 1) * own["k_a"])
+    state, out = np.zeros((heads, k.shape[-1], v.shape[-1])), []
+    for t in range(len(x)):
+        removed = np.einsum("hk,hkv->hv", removal[t], state)
+        state = decay[t][..., None] * state - (removal[t] * rate[t])[..., None] * removed[:, None]
+        state = state + k[t][..., None] * v[t][:, None]
+        bonus = np.sum(q[t] * k[t] * own["r_k"], -1, keepdims=True) * v[t]
+        out.append(np.einsum("hk,hkv->hv", q[t], state) + bonus)
+    return np.stack(out)
+
+
+def memory(p, settings, x, shift, r):
     """One memory over the tokens it gets: projections, convolutions, recurrence. [n, D] -> [n, H, V]."""
     rule, heads = settings.rule, settings.heads
+    if rule == "rwkv7":
+        return generalised_delta(p, heads, x, shift, r)
     q, k, v = x @ p["q"]["kernel"], x @ p["k"]["kernel"][r], x @ p["v"]["kernel"][r]
     if settings.convolution:
         taps = {name: p["convolve"][name]["weight"] for name in p["convolve"]}
         q, k, v = (convolve(y, taps[name]) if name in taps else y for name, y in (("q", q), ("k", k), ("v", v)))
-    elif rule == "hgrn2":
+    elif rule in ("hgrn2", "lightnet"):
         q = q * sigmoid(q)
     q, k, v = (y.reshape(len(x), heads, -1) for y in (q, k, v))
     delta = rule in ("deltanet", "gated_deltanet", "kda")
     if delta:
-        q, k, beta = unit(q), unit(k), sigmoid(x @ p["beta"]["kernel"][r])
+        q, k, beta = unit(q), unit(k), sigmoid(x @ p["beta"]["kernel"][r]).reshape(len(x), heads, -1)
+        write = beta if settings.gates == "head" else sigmoid(x @ p["write"]["kernel"][r]).reshape(v.shape)
     g = np.zeros((len(x), heads, 1))
     if rule == "retention":
         g = g + np.log(1 - 2.0 ** (-5 - np.arange(heads)))[:, None]
@@ -79,6 +112,9 @@ def memory(p, settings, x, r):
         bound = odds / (1 + odds)
         forget = bound + (1 - bound) * sigmoid(k)
         g, k = np.log(forget), 1 - forget
+    if rule == "lightnet":
+        sums = np.cumsum(np.exp(k), axis=0)
+        g, k = np.log(np.concatenate([sums[:1], sums[:-1]]) / sums), np.exp(k) / sums
     if rule in ("simple_gla", "mamba2", "gated_deltanet"):
         g = (x @ p["decay"]["up"]["kernel"][r])[..., None]
     if rule in ("gla", "kda"):
@@ -92,10 +128,10 @@ def memory(p, settings, x, r):
     out = []
     for t in range(len(x)):
         state = np.exp(g[t])[..., None] * state
-        write = step[t] * v[t] if rule == "mamba2" else v[t]
+        written = step[t] * v[t] if rule == "mamba2" else v[t]
         if delta:
-            write = beta[t][:, None] * (v[t] - np.einsum("hk,hkv->hv", k[t], state))
-        state = state + k[t][..., None] * write[:, None]
+            written = write[t] * v[t] - np.einsum("hk,hkv->hv", beta[t] * k[t], state)
+        state = state + k[t][..., None] * written[:, None]
         read = np.einsum("hk,hkv->hv", q[t], state)
         out.append(read + p["skip"][:, None] * v[t] if rule == "mamba2" else read / np.sqrt(k.shape[-1]))
     return np.stack(out)
@@ -110,13 +146,14 @@ def document(p, settings, x):
     """A whole document, memory by memory."""
     scores = scores_of(p, x)
     chosen = np.argsort(-scores, axis=-1)[:, : settings.top_k]
-    o = memory(p, settings, x, settings.memories) if settings.shared else 0.0
+    shift = np.concatenate([np.zeros_like(x[:1]), x[:-1]]) - x
+    o = memory(p, settings, x, shift, settings.memories) if settings.shared else 0.0
     o = np.broadcast_to(o, (len(x), settings.heads, p["v"]["kernel"].shape[-1] // settings.heads)).copy()
     for r in range(settings.memories):
         mine = np.flatnonzero((chosen == r).any(-1))
         if len(mine):
             weight = scores[mine, r] / np.take_along_axis(scores[mine], chosen[mine], -1).sum(-1)
-            o[mine] += weight[:, None, None] * memory(p, settings, x[mine], r)
+            o[mine] += weight[:, None, None] * memory(p, settings, x[mine], shift[mine], r)
     o = o / np.sqrt(np.mean(o * o, -1, keepdims=True) + 1e-5) * p["output"]["norm"]["scale"]
     z = x @ p["output"]["gate"]["kernel"]
     return (o.reshape(len(x), -1) * z * sigmoid(z)) @ p["output"]["project"]["kernel"]
@@ -126,20 +163,28 @@ def numpy_params(mixer):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), params_lib.split(mixer)[1])
 
 
-def expected_rows(mixer, x, lengths):
-    p, x = numpy_params(mixer), np.asarray(x, np.float64)
+def equations(p, settings, x, lengths):
     starts = np.cumsum([0, *lengths])
-    pieces = [[document(p, mixer.settings, row[a:b]) for a, b in itertools.pairwise(starts)] for row in x]
+    pieces = [[document(p, settings, row[a:b]) for a, b in itertools.pairwise(starts)] for row in np.asarray(x, np.float64)]
     return np.stack([np.concatenate(row) for row in pieces])
+
+
+def expected_rows(mixer, x, lengths):
+    return equations(numpy_params(mixer), mixer.settings, x, lengths)
 
 
 LENGTHS = (6, 1, 4)
 IDS = jnp.repeat(jnp.asarray([[4, 1, 4]] * 2), jnp.asarray(LENGTHS), axis=1, total_repeat_length=11)
-RULES = typing.get_args(MoMSettings.model_fields["rule"].annotation)
+# Every rule, and the decoupled gates.
+RULES = {rule: {"rule": rule} for rule in typing.get_args(MoMSettings.model_fields["rule"].annotation)}
+RULES["kda, gates of gdn2"] = {"rule": "kda", "gates": "channel"}
 CASES = {
-    **{rule: {"rule": rule} for rule in RULES},
+    **RULES,
     "one of many, alone": {"rule": "gla", "memories": 5, "top_k": 1, "shared": False, "convolution": 0},
     "hgrn2, no convolution": {"rule": "hgrn2", "convolution": 0},
+    "lightnet, no convolution": {"rule": "lightnet", "convolution": 0},
+    "rwkv7, one of many": {"rule": "rwkv7", "memories": 5, "top_k": 1},
+    "a convolution of one tap": {"rule": "gla", "convolution": 1},
 }
 
 
@@ -163,7 +208,7 @@ def test_equals_its_equations_with_and_without_a_state(case):
 @pytest.mark.parametrize("rule", [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_every_memory_continues_its_own_state(rule):
     """Pieces with a border inside, at their edge, and single tokens continue what each memory had."""
-    mixer, x = make(rule=rule), rows(12)
+    mixer, x = make(**RULES[rule]), rows(12)
     state = mixer.init_state(2, 12, jnp.float32)
     shapes = jax.tree.map(lambda s: (s.shape, s.dtype), state)
     out = []
@@ -181,9 +226,35 @@ def test_every_memory_continues_its_own_state(rule):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), ended, fresh)
 
 
+@pytest.mark.parametrize("rule", [r if r == "lightnet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+def test_gradients_are_the_slopes_of_its_equations(rule):
+    """Of every parameter along a direction, and of the input, against differences of the equations in float64."""
+    mixer, x = make(**RULES[rule]), rows()
+    graphdef, tree = params_lib.split(mixer)
+    weights = np.random.default_rng(3).normal(size=x.shape)
+    loss = lambda tree, x: jnp.sum(call(nnx.merge(graphdef, tree), x, None, IDS)[0] * weights)  # noqa: E731
+    gradients = jax.tree.leaves_with_path(jax.jit(jax.grad(loss, argnums=(0, 1)))(tree, x))
+    point = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (tree, x))
+    for number, (path, gradient) in enumerate(gradients):
+        name = jax.tree_util.keystr(path)
+        if "rates" in name or "position" in name:
+            assert not np.any(gradient)  # fixed by the architecture
+            continue
+        direction = np.random.default_rng(number).normal(size=gradient.shape)
+
+        def along(step, number=number, direction=direction):
+            leaves, structure = jax.tree.flatten(point)
+            leaves[number] = leaves[number] + step * direction
+            moved, x = jax.tree.unflatten(structure, leaves)
+            return np.sum(equations(moved, mixer.settings, x, LENGTHS) * weights)
+
+        slope = (along(1e-6) - along(-1e-6)) / 2e-6
+        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
 @each_rule
 def test_later_tokens_do_not_change_earlier_outputs_by_one_bit(rule):
-    mixer, x = make(rule=rule), rows()
+    mixer, x = make(**RULES[rule]), rows()
     for begin in (2, 5, 8):
         before, after = call(mixer, x, None, IDS)[0], call(mixer, x.at[:, begin:].multiply(-1), None, IDS)[0]
         np.testing.assert_array_equal(before[:, :begin], after[:, :begin])
@@ -206,7 +277,7 @@ def test_auxiliary_loss_of_an_even_and_a_padded_row():
 
 @pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_the_router_learns_from_the_output_and_from_the_loss(rule):
-    mixer, x = make(rule=rule), rows()
+    mixer, x = make(**RULES[rule]), rows()
     graphdef, tree = params_lib.split(mixer)
 
     @jax.jit
@@ -228,7 +299,7 @@ def test_the_router_learns_from_the_output_and_from_the_loss(rule):
 
 @pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_rows_of_a_batch_stay_on_their_devices(rule):
-    mixer, x = make(rule=rule), rows()
+    mixer, x = make(**RULES[rule]), rows()
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
     compiled = jax.jit(lambda mixer, x: mixer(x, None, IDS)[0]).lower(mixer, spread).compile()
@@ -236,6 +307,100 @@ def test_rows_of_a_batch_stay_on_their_devices(rule):
     assert not any(
         traffic in compiled.as_text() for traffic in ("all-gather", "all-to-all", "all-reduce", "collective-permute")
     )
+
+
+def documents(length=32):
+    """A row of documents that cross the borders of shards and end at one, and a row of many short ones."""
+    ids = np.zeros((2, length), np.int32)
+    ids[0, 5:], ids[0, length // 2 :] = 1, 2
+    ids[1] = np.random.default_rng(0).integers(0, 2, size=length)
+    return jnp.asarray(ids)
+
+
+# Blocks of two tokens: a memory has several on a shard of 4 to 16 tokens. Convolutions reach back over more than a shard,
+# where a memory gets few tokens.
+SPLIT = {rule: {**case, "chunk_size": 2, "convolution": 4} for rule, case in RULES.items()}
+SPLIT["blocks of several chunks"] = {"rule": "gla", "memories": 2, "top_k": 1, "shared": False, "chunk_size": 1}
+SPLIT["a convolution of one tap"] = {"rule": "gla", "chunk_size": 2, "convolution": 1}
+SPLIT["no state"] = SPLIT["gated_deltanet"]
+SPLIT["logarithmic prefix"] = SPLIT["gated_deltanet"]
+MESHES = {
+    "2": {"sequence": 2}, "4": {"sequence": 4}, "8": {"sequence": 8}, "2 of all axes": {"sequence": 2, "data": 2, "tensor": 2},
+}  # fmt: skip
+EVERY_MESH = ("gla", "gated_deltanet", "lightnet", "rwkv7", "blocks of several chunks")
+SHARDS = [
+    pytest.param(case, mesh, marks=() if (case, mesh) == ("gated_deltanet", "8") else pytest.mark.slow)
+    for case in SPLIT
+    for mesh in (MESHES if case in EVERY_MESH else ("8",))
+]
+
+
+@pytest.mark.parametrize(("case", "mesh"), SHARDS)
+def test_shards_of_a_sequence_give_the_values_and_gradients_of_one_device(case, mesh, monkeypatch):
+    """With documents over the shards' borders, from a state that earlier tokens left, and a token decoded after them."""
+    mixer, x, ids = make(**SPLIT[case]), rows(32), documents()
+    graphdef, tree = params_lib.split(mixer)
+    state = None if case == "no state" else call(mixer, rows(5), mixer.init_state(2, 32, jnp.float32))[1]
+
+    def loss(tree, x, state):
+        mixer = nnx.merge(graphdef, tree)
+        y, state, auxiliary = mixer.with_auxiliary(x, state, ids)
+        out = [y] if state is None else [y, mixer(x[:, :1], state)[0]]
+        # LightNet's running sums are logarithms, some of nothing.
+        out += [jax.nn.sigmoid(s) if name == "sum" else s for name, s in sorted((state or {}).items())]
+        return auxiliary + sum(jnp.sum(jnp.sin(z)) for z in out), (out, auxiliary)
+
+    run = jax.value_and_grad(loss, argnums=(0, 1) if state is None else (0, 1, 2), has_aux=True)
+    expected = jax.jit(run)(tree, x, state)
+    if case == "logarithmic prefix":
+        monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    sizes = MESHES[mesh]
+    with use_mesh(make_mesh({"data": 1, **sizes}, jax.devices()[: math.prod(sizes.values())])):
+        got = jax.jit(lambda *args: run(*args))(tree, x, state)
+
+    def close(path, a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.max(np.abs(b), initial=1), err_msg=jax.tree_util.keystr(path))
+
+    jax.tree.map_with_path(close, got, expected)
+
+
+@pytest.mark.parametrize("rule", ["gated_deltanet", *(pytest.param(r, marks=pytest.mark.slow) for r in ("lightnet", "rwkv7"))])
+def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule):
+    mixer, x, ids = make(**SPLIT[rule]), rows(32), documents()
+    with use_mesh(make_mesh({"data": 1, "sequence": 4}, jax.devices()[:4])):
+        run = jax.jit(lambda mixer, x: mixer(x, None, ids)[0])
+        before = run(mixer, x)
+        for begin in (3, 9, 16, 25):
+            after = run(mixer, x.at[:, begin:].multiply(-1))
+            np.testing.assert_array_equal(before[:, :begin], after[:, :begin])
+            assert not np.array_equal(before[:, begin:], after[:, begin:])
+
+
+@pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rule", [r if r in ("gated_deltanet", "lightnet") else pytest.param(r, marks=pytest.mark.slow) for r in RULES]
+)
+def test_traffic_between_shards_does_not_depend_on_the_number_of_tokens(rule, gathered, monkeypatch):
+    if not gathered:
+        monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
+    graphdef, tree = params_lib.split(make(**RULES[rule]))
+    # Nothing but the sequence is split: other axes, of one device, would have collectives that send nothing.
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
+    rules = {name: ("sequence",) if name == "sequence" else () for name in DEFAULT_RULES}
+
+    def loss(tree, x, ids):
+        y, _, auxiliary = nnx.merge(graphdef, tree).with_auxiliary(x, None, ids)
+        return jnp.sum(jnp.sin(y)) + auxiliary
+
+    sent = []
+    for length in (64, 512):
+        put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "sequence")))  # noqa: E731
+        arrays = put(jnp.zeros((2, length, WIDTH))), put(jnp.zeros((2, length), jnp.int32))
+        with use_mesh(mesh, rules):
+            compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(tree, *arrays).compile()
+        sent.append(sorted((kind, shapes) for shapes, kind in COLLECTIVE.findall(compiled.as_text())))
+    assert sent[0] == sent[1]
+    assert any(kind == ("all-gather" if gathered else "collective-permute") for kind, _ in sent[0])
 
 
 def test_published_parameter_count():
@@ -252,5 +417,7 @@ def test_published_parameter_count():
 def test_input_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match="top_k=3 is more than memories=2; lower it or add memories"):
         MoMSettings(memories=2, top_k=3)
+    with pytest.raises(ValueError, match="gates=channel goes with rule=kda, not with rule=gla"):
+        MoMSettings(rule="gla", gates="channel")
     with pytest.raises(UserError, match="memories=5 are more than the 3 tokens of a row"):
         make(memories=5)(rows(3))

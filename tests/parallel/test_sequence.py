@@ -308,6 +308,12 @@ def test_convolution_reads_the_shard_before(packed):
     assert max(size for kind, size in sent if kind == "collective-permute") <= B * 3 * 6 * 4
 
 
+def test_a_token_decoded_with_its_document_is_not_split():
+    x, weight, state, ids = normal(0, B, 1, 6), normal(1, 4, 6), normal(3, B, 3, 6), jnp.zeros((B, 1), jnp.int32)
+    run = lambda *arrays: short_convolution(*arrays, state=state, segment_ids=ids)  # noqa: E731
+    assert_close(split(run, 8)(x, weight), run(x, weight))
+
+
 @pytest.mark.parametrize("window", [None, 3, 12])
 def test_attention_sees_all_shards_before(window):
     q, k, v = normal(0, B, T, 4, K), normal(1, B, T, 2, K), normal(2, B, T, 2, V)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -17,8 +20,11 @@ from jaxlm.layers.mixers.delta import l2_normalise
 from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.mamba2 import dt_bias
 from jaxlm.layers.mixers.retention import head_log_decay
-from jaxlm.ops.delta_rule import delta_rule
+from jaxlm.layers.mixers.rwkv7 import DECAY_BOUND, initial_channels, initial_mix, token_shift
+from jaxlm.ops.convolution import short_convolution
+from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.ops.segments import resets, run_index
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import constrain
@@ -26,6 +32,8 @@ from jaxlm.params import param
 from jaxlm.schema import Schema, UserError
 
 DELTA_RULES = ("deltanet", "gated_deltanet", "kda")
+# Rules whose transition is a matrix, not a factor a key channel.
+MATRIX_RULES = (*DELTA_RULES, "rwkv7")
 # The log decay's projection: one number a head, or one a key channel through a low rank.
 SCALAR_GATES = ("simple_gla", "mamba2", "gated_deltanet")
 VECTOR_GATES = ("gla", "kda")
@@ -33,6 +41,11 @@ VECTOR_GATES = ("gla", "kda")
 STEPS = ("mamba2", "gated_deltanet", "kda")
 # Decays that do not depend on the data, by the name that `head_log_decay` has for them.
 FIXED = {"retention": "retnet", "lightning": "lightning"}
+# LightNet's logit of a token that a memory does not get: beside any other its weight is exactly 0, and unlike minus infinity
+# it has differences that are numbers, so that gradients are, too.
+NO_LOGIT = -1e30
+# RWKV-7's inputs that see the token before.
+SHIFTED = ("r", "w", "k", "v", "a")
 
 
 class MoMSettings(Schema):
@@ -40,11 +53,18 @@ class MoMSettings(Schema):
 
     kind: Literal["mom"] = "mom"
     rule: Literal[
-        "linear", "retention", "lightning", "simple_gla", "gla", "hgrn2", "mamba2", "deltanet", "gated_deltanet", "kda"
+        "linear", "retention", "lightning", "simple_gla", "gla", "hgrn2", "lightnet", "mamba2",
+        "deltanet", "gated_deltanet", "kda", "rwkv7",
     ] = Field(
         "gated_deltanet",
         description="Recurrence of a memory. Decay: none in linear and deltanet; fixed in retention and lightning; a gate a "
-        "head in simple_gla, mamba2 and gated_deltanet; a gate a key channel in gla, hgrn2 and kda.",
+        "head in simple_gla, mamba2 and gated_deltanet; a gate a key channel in gla, hgrn2, kda and rwkv7; of a running sum "
+        "in lightnet.",
+    )  # fmt: skip
+    gates: Literal["head", "channel"] = Field(
+        "head",
+        description="Write strength of kda: 'head' one a head; 'channel' an erase gate a key channel and a write gate a value "
+        "channel (Gated DeltaNet-2, arXiv 2605.22791).",
     )
     memories: int = Field(4, gt=0, description="Number of memories that the router chooses from.")
     top_k: int = Field(2, gt=0, description="Memories a token goes to.")
@@ -53,7 +73,12 @@ class MoMSettings(Schema):
     expand_k: float = Field(1.0, gt=0, description="Total key channels as a multiple of the model width.")
     expand_v: float = Field(1.0, gt=0, description="Total value channels as a multiple of the model width.")
     gate_rank: int = Field(16, gt=0, description="Rank of the projection of a gate a key channel.")
-    convolution: int = Field(4, ge=0, description="Width of a short convolution on q, k and v; 0 for none.")
+    convolution: int = Field(
+        4,
+        ge=0,
+        description="Width of a short convolution on q, k and v; 0 for none. The k of hgrn2 and lightnet, which sets their "
+        "decay, has none, nor has rwkv7, which has a token shift.",
+    )
     output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
     balance: float = Field(0.01, ge=0, description="Coefficient of the auxiliary loss that spreads tokens over memories.")
     chunk_size: ChunkSize = 64
@@ -64,8 +89,16 @@ class MoMSettings(Schema):
             raise ValueError(f"top_k={self.top_k} is more than memories={self.memories}; lower it or add memories")
         return self
 
+    @model_validator(mode="after")
+    def _gates_of_kda(self):
+        if self.gates == "channel" and self.rule != "kda":
+            raise ValueError(f"gates=channel goes with rule=kda, not with rule={self.rule}")
+        return self
+
     @property
     def op(self) -> str:
+        if self.rule == "rwkv7":
+            return "dplr_delta_rule"
         return "delta_rule" if self.rule in DELTA_RULES else "linear_attention"
 
     def sizes(self, width: int) -> tuple[int, int]:
@@ -74,17 +107,26 @@ class MoMSettings(Schema):
 
     def sequence_flops(self, width: int, context: int) -> float:
         keys, values = self.sizes(width)
-        # A delta rule also reads the state by the key: 2KV more.
-        one = recurrent_flops(self.heads, keys, values) * (1.5 if self.rule in DELTA_RULES else 1.0)
-        return (self.top_k + self.shared) * one
+        # A delta rule also reads the state by the key, 2KV more; RWKV-7 by a, and writes by b.
+        more = {"dplr_delta_rule": 2.0, "delta_rule": 1.5, "linear_attention": 1.0}[self.op]
+        return (self.top_k + self.shared) * more * recurrent_flops(self.heads, keys, values)
 
 
 class _Stack(nnx.Module):
     """`Dense` for every memory: x W_r for all r, or x_r W_r where x has a row a memory already."""
 
-    def __init__(self, memories: int, in_features: int, out_features: int, axes: tuple[str | None, ...], *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        memories: int,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str | None, ...],
+        *,
+        gain: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
         # As `Dense` starts.
-        std = 1 / (in_features**0.5 * 0.87962566103423978)
+        std = gain / (in_features**0.5 * 0.87962566103423978)
         kernel = std * jax.random.truncated_normal(rngs.params(), -2, 2, (memories, in_features, out_features))
         self.kernel = param(kernel, (None, *axes), "hidden")
 
@@ -118,28 +160,46 @@ class _Decay(nnx.Module):
         return -jnp.repeat(rate, step.shape[-1] // rate.shape[0]) * step, step
 
 
-class _Groups(NamedTuple):
-    """Where tokens go: the slots of N sequences (n rows of the batch each), each a memory's tokens in their order."""
+class _LoRA(nnx.Module):
+    """sigmoid(activation(x W_down) W_up + bias) for every memory, float32; W_down is zero at the start, the bias common."""
 
-    slot: Int[Array, "B T R"]  # of a token in a memory, counted over all sequences of the row; S where it does not go
-    source: Int[Array, "B S"]  # t * R + r of the token and memory in a slot
-    filled: Bool[Array, "B S"]
-    ids: Int[Array, "N L"]  # segment ids of the sequences
+    def __init__(self, memories: int, width: int, rank: int, bias: Float[Array, " E"], *, rngs: nnx.Rngs):
+        self.down = _Stack(memories, width, rank, ("embed", None), gain=0.0, rngs=rngs)
+        self.up = _Stack(memories, rank, bias.shape[0], (None, "heads"), gain=0.1, rngs=rngs)
+        self.bias = param(bias, ("heads",), "dynamics")
 
-    def gather(self, x: Float[Array, "B T R E"]) -> Float[Array, "N L E"]:
-        """What tokens hold for their memory; empty slots get what some token holds."""
-        return self._take(x.reshape(x.shape[0], -1, x.shape[3]), self.source)
+    def __call__(self, x: Float[Array, "B T D"], activation: Callable = lambda x: x) -> Float[Array, "B T R E"]:
+        return jax.nn.sigmoid(self.up(activation(self.down(x))).astype(jnp.float32) + self.bias[...])
 
-    def gather_common(self, x: Float[Array, "B T E"]) -> Float[Array, "N L E"]:
-        """What tokens hold for all memories alike."""
-        return self._take(x, self.source // self.slot.shape[2])
 
-    def _take(self, x, index):
-        return jnp.take_along_axis(x, index[..., None], axis=1).reshape(*self.ids.shape, x.shape[2])
+class _GeneralisedDelta(nnx.Module):
+    """What RWKV-7 makes of tokens besides r, k and v: see `jaxlm.layers.mixers.rwkv7`, whose initial values it has."""
 
-    def fill(self, x: Array) -> Array:
-        """x [N, L, ...] with zeros in the empty slots."""
-        return jnp.where(self.filled.reshape(*self.ids.shape, *[1] * (x.ndim - 2)), x, 0)
+    def __init__(self, settings: MoMSettings, context: LayerContext, memories: int, keys: int, *, rngs: nnx.Rngs):
+        width, rank, size = context.width, settings.gate_rank, keys // settings.heads
+        linear, decay, rate = initial_channels(keys, size, context)
+        self.mix = param(initial_mix(SHIFTED, context), (None, None), "dynamics")
+        self.decay = _LoRA(memories, width, rank, decay, rngs=rngs)
+        self.rate = _LoRA(memories, width, rank, rate, rngs=rngs)
+        per_head = lambda x: param(x.reshape(settings.heads, size), ("heads", None), "dynamics")  # noqa: E731
+        self.k_k, self.k_a = per_head(0.71 - 0.1 * linear), per_head(jnp.full(keys, 1.02))
+        self.r_k = per_head(jnp.full(keys, -0.04))
+
+    def shift(self, x: Float[Array, "B T D"], state, segment_ids) -> tuple[dict[str, Array], Float[Array, "B 1 D"]]:
+        """The inputs of the projections by name, and the last token."""
+        delta, state = token_shift(x, state, segment_ids)
+        return {name: x + delta * mu for name, mu in zip(SHIFTED, self.mix[...].astype(x.dtype), strict=True)}, state
+
+    def __call__(self, mixed: dict[str, Array], r: Float[Array, "B T 1 H K"], k: Float[Array, "B T R H K"]) -> dict[str, Array]:
+        """k, a, b and log_decay of the op, and the factor [B, T, R, H] of v in the bonus term."""
+        log_decay = DECAY_BOUND * self.decay(mixed["w"], jnp.tanh).reshape(k.shape)
+        rate = self.rate(mixed["a"]).reshape(k.shape)
+        dtype, k = k.dtype, k.astype(jnp.float32)
+        removal = l2_normalise(k * self.k_k[...])
+        k = (k * (1 + (rate - 1) * self.k_a[...])).astype(dtype)
+        bonus = jnp.sum(r.astype(jnp.float32) * k.astype(jnp.float32) * self.r_k[...], axis=-1)
+        a, b = (-removal).astype(dtype), (removal * rate).astype(dtype)
+        return {"k": k, "a": a, "b": b, "log_decay": log_decay, "skip": bonus}
 
 
 class MoM(nnx.Module):
@@ -152,42 +212,57 @@ class MoM(nnx.Module):
 
     A rule is the recurrence of the mixer of that name, with these projections, convolutions and outputs around it: no
     rotary embedding in retention; B, C and x of mamba2 are k, q and v, a B and a C for each head, and its skip D x is
-    added a memory; hgrn2's forget gate is k's projection, which has no convolution. RWKV-7, whose projections see the token
-    before, and LightNet, whose sums would depend on where a memory begins in its row, are no rules here.
+    added a memory; hgrn2's forget gate and lightnet's logits are k's projection, which has no convolution; lightnet's
+    running sum is over the tokens of the document that the memory gets.
+
+    RWKV-7's token shift stands before the router, so its inputs see the token before in the row, whatever memory that goes
+    to. r, the mixes, k_k, k_a, r_k and the biases of w and a are common; k, v and the low-rank w and a (rank gate_rank) are
+    each memory's. The bonus term is added a memory, in front of the common norm and gate, which stand in for its group norm
+    and low-rank gate. Its value residual is left out: the first layer sends a token to memories of its own.
 
     Without a state, the tokens of each memory lie one after the other in one row, each memory from a multiple of the
     chunk size on, so that a token's place in its chunk depends on earlier tokens alone. The op then runs over
     T (top_k + shared) tokens and a few empty chunks. With a state, every memory is a row of its own of T tokens, the
     empty slots behind its tokens inert (no key, value nor decay), which leaves its last state as the final one: the op
     costs `memories` times the tokens. Projections of all tokens for all memories are computed either way.
+
+    Where the sequence is split over devices, each groups its own tokens, in blocks of a few chunks. A block, and with it a
+    memory's blocks on a device, is an affine map of the memory's state, so that what devices exchange is the states of all
+    memories, and the last inputs of each for the convolutions, whatever the number of tokens (`jaxlm.parallel.sequence`).
+    The op runs over the blocks three times: for what they write, for what they keep of a state, and for the outputs.
     """
 
     def __init__(self, settings: MoMSettings, context: LayerContext, *, rngs: nnx.Rngs):
         self.settings = settings
         self.key_dim, self.value_dim = settings.sizes(context.width)
-        width, heads, memories = context.width, settings.heads, settings.memories + settings.shared
+        width, heads, memories, rule = context.width, settings.heads, settings.memories + settings.shared, settings.rule
         keys, values = self.key_dim * heads, self.value_dim * heads
         # muP: the fan-out does not grow with width.
         self.router = Dense(width, settings.memories, axes=("embed", None), role="output", rngs=rngs)
         self.q = Dense(width, keys, axes=("embed", "heads"), rngs=rngs)
-        self.k = _Stack(memories, width, keys, ("embed", "heads"), rngs=rngs)
+        # RWKV-7 writes keys that are not normalised, small at the start.
+        gain = 0.1 if rule == "rwkv7" else 1.0
+        self.k = _Stack(memories, width, keys, ("embed", "heads"), gain=gain, rngs=rngs)
         self.v = _Stack(memories, width, values, ("embed", "heads"), rngs=rngs)
-        sizes = {"q": keys, "k": keys, "v": values} if settings.convolution else {}
-        if settings.rule == "hgrn2":
+        sizes = {"q": keys, "k": keys, "v": values} if settings.convolution and rule != "rwkv7" else {}
+        if rule in ("hgrn2", "lightnet"):
             sizes.pop("k", None)
+        if rule == "hgrn2":
             self.bound_logit = param(jnp.zeros(keys), ("heads",), "dynamics")
             self.position = param(jnp.asarray(context.index / context.depth, jnp.float32), (), "constant")
         self.convolve = nnx.Dict(
             {name: ShortConvolution(size, settings.convolution, axis="heads", rngs=rngs) for name, size in sizes.items()}
         )
-        self.beta = _Stack(memories, width, heads, ("embed", "heads"), rngs=rngs) if settings.rule in DELTA_RULES else None
-        self.decay = (
-            _Decay(settings, width, memories, keys, rngs=rngs) if settings.rule in (*SCALAR_GATES, *VECTOR_GATES) else None
-        )
+        project = lambda size: _Stack(memories, width, size, ("embed", "heads"), rngs=rngs)  # noqa: E731
+        channels = settings.gates == "channel"
+        self.beta = project(keys if channels else heads) if rule in DELTA_RULES else None
+        self.write = project(values) if channels else None
+        self.decay = _Decay(settings, width, memories, keys, rngs=rngs) if rule in (*SCALAR_GATES, *VECTOR_GATES) else None
+        self.generalised = _GeneralisedDelta(settings, context, memories, keys, rngs=rngs) if rule == "rwkv7" else None
         # Lightning's rates differ between layers, so stacked layers must carry them as an array.
-        fixed = FIXED.get(settings.rule)
+        fixed = FIXED.get(rule)
         self.rates = param(head_log_decay(fixed, heads, context), ("heads",), "constant") if fixed else None
-        self.skip = param(jnp.ones(heads), ("heads",), "dynamics") if settings.rule == "mamba2" else None
+        self.skip = param(jnp.ones(heads), ("heads",), "dynamics") if rule == "mamba2" else None
         self.output = HeadOutput(context, values, self.value_dim, gate=settings.output_gate, rngs=rngs)
 
     def __call__(
@@ -228,34 +303,13 @@ class MoM(nnx.Module):
             chosen = jnp.concatenate([chosen, settings.memories * everyone], axis=-1)
             weights = jnp.concatenate([weights, everyone.astype(weights.dtype)], axis=-1)
 
-        batch, length, memories = routed.shape
-        run = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else run_index(resets(segment_ids))
-        size = min(settings.chunk_size, 1 << (length - 1).bit_length())
-        groups = _one_row(routed, run, chosen.shape[2], size) if state is None else _rows(routed, run)
-        heads = {"q": groups.gather_common(self.q(x)), "k": groups.gather(self.k(x)), "v": groups.gather(self.v(x))}
-        new_state = {}
-        if state is not None:
-            # A memory whose first token stands behind a document's end starts afresh.
-            keep = groups.ids[:, 0] == 0
-            state = jax.tree.map(lambda s: _where(keep, s.reshape(batch * memories, *s.shape[2:])), state)
-        for name, convolution in self.convolve.items():
-            inputs = heads[name]
-            heads[name], _ = convolution(inputs, None if state is None else state[name], groups.ids)
-            if state is not None:
-                new_state[name] = _last_inputs(state[name], inputs, groups)
-        q, k, v = (constrain(y.reshape(*y.shape[:2], settings.heads, -1), "batch", None, "heads", None) for y in heads.values())
-        initial = None if state is None else state["recurrent"]
-        o, recurrent = self._recur(x, q, k, v, groups, initial, size)
-
-        # A token's outputs, one a memory it went to, weighted.
-        slot = jnp.take_along_axis(groups.slot, chosen, axis=2).reshape(batch, -1, 1, 1)
-        o = jnp.take_along_axis(o.reshape(batch, -1, *o.shape[2:]), slot, axis=1).reshape(*chosen.shape, *o.shape[2:])
-        o = jnp.einsum("btrhv,btr->bthv", o.astype(jnp.float32), weights, precision="highest")
+        tokens, new_state = self._tokens(x, routed, state, segment_ids)
+        run = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else run_index(resets(segment_ids))
+        taps = {name: convolution.weight[...] for name, convolution in self.convolve.items()}
+        memory = None if state is None else {name: state[name] for name in ("recurrent", *taps)}
+        o, memory = _read_memories(settings, taps, tokens, (routed, chosen, run), weights, memory)
         y = self.output(constrain(o, "batch", "sequence", "heads", None), x)
-        if state is None:
-            return y, None, auxiliary
-        new_state["recurrent"] = recurrent
-        return y, jax.tree.map(lambda s: s.reshape(batch, memories, *s.shape[1:]), new_state), auxiliary
+        return y, None if state is None else {**new_state, **memory}, auxiliary
 
     def _balance_loss(self, scores: Float[Array, "B T M"], routed: Int[Array, "B T M"], segment_ids) -> Float[Array, ""]:
         counted = jnp.ones(scores.shape[:2]) if segment_ids is None else (segment_ids != 0).astype(jnp.float32)
@@ -263,88 +317,360 @@ class MoM(nnx.Module):
         share, mean = jnp.sum(counted * routed, axis=(0, 1)), jnp.sum(counted * scores, axis=(0, 1))
         return self.settings.balance * self.settings.memories * jnp.sum(share * mean)
 
-    def _recur(self, x, q, k, v, groups: _Groups, initial, size: int):
-        rule = self.settings.rule
-        log_decay = step = None
+    def _tokens(self, x, routed, state: State | None, segment_ids) -> tuple[dict[str, Array], State]:
+        """What each token holds for each memory [B, T, R, H, *], or for all alike [B, T, 1, H, *]: q, k and v before their
+        convolutions, gates; and the states of what runs over the tokens in their own order."""
+        settings, new_state = self.settings, {}
+        rule, (batch, length) = settings.rule, x.shape[:2]
+        inputs = dict.fromkeys(SHIFTED, x)
+        if rule == "rwkv7":
+            inputs, new_state["shift"] = self.generalised.shift(x, None if state is None else state["shift"], segment_ids)
+        q = self._heads(self.q(inputs["r"])[:, :, None])
+        k, v = self._heads(self.k(inputs["k"])), self._heads(self.v(inputs["v"]))
+        tokens = {"q": q, "k": k, "v": v}
+        common = lambda p: jnp.broadcast_to(p[...], (batch, length, 1, settings.heads))  # noqa: E731
+        if rule in ("hgrn2", "lightnet") and not self.convolve:
+            tokens["q"] = jax.nn.silu(q)
         if self.rates is not None:
-            log_decay = jnp.broadcast_to(jax.lax.stop_gradient(self.rates[...]), k.shape[:3])
-        elif rule == "hgrn2":
-            q = q if self.convolve else jax.nn.silu(q)
+            tokens["log_decay"] = jax.lax.stop_gradient(common(self.rates))
+        if rule == "hgrn2":
             position = jax.lax.stop_gradient(self.position[...])
-            bound = (self.bound_logit[...] + jnp.log(position) - jnp.log1p(-position)).reshape(k.shape[2:])
-            log_decay, rest = forget_gate(k.astype(jnp.float32), bound)
-            k = rest.astype(k.dtype)
-        elif self.decay is not None:
-            log_decay, step = (None if y is None else groups.gather(y) for y in self.decay(x))
-            if rule in VECTOR_GATES:
-                log_decay = log_decay.reshape(k.shape)
-        log_decay = None if log_decay is None else groups.fill(log_decay)
-        common = {"initial_state": initial, "segment_ids": groups.ids, "chunk_size": size}
-        if rule == "mamba2":
-            write = groups.fill((step[..., None] * v).astype(v.dtype))
-            o, recurrent = linear_attention(q, groups.fill(k), write, log_decay, scale=1.0, **common)
-            return o + self.skip[...].astype(o.dtype)[:, None] * v, recurrent
-        if rule not in DELTA_RULES:
-            return linear_attention(q, groups.fill(k), groups.fill(v), log_decay, **common)
-        beta = groups.fill(groups.gather(jax.nn.sigmoid(self.beta(x).astype(jnp.float32))))
-        return delta_rule(l2_normalise(q), groups.fill(l2_normalise(k)), groups.fill(v), beta, log_decay, **common)
+            bound = (self.bound_logit[...] + jnp.log(position) - jnp.log1p(-position)).reshape(k.shape[3:])
+            tokens["log_decay"], rest = forget_gate(k.astype(jnp.float32), bound)
+            tokens["k"] = rest.astype(k.dtype)
+        if rule == "lightnet":
+            before = None if state is None else state["sum"]
+            tokens["k"], tokens["log_decay"], new_state["sum"] = _running_softmax(k, routed, before, segment_ids)
+        if rule == "rwkv7":
+            tokens |= self.generalised(inputs, q, k)
+        if self.decay is not None:
+            log_decay, step = self.decay(x)
+            tokens["log_decay"] = self._heads(log_decay) if rule in VECTOR_GATES else log_decay
+            if rule == "mamba2":
+                tokens |= {"step": step, "skip": common(self.skip)}
+        if self.beta is not None:
+            beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+            tokens["beta"] = beta if self.write is None else self._heads(beta)
+        if self.write is not None:
+            tokens["write"] = self._heads(jax.nn.sigmoid(self.write(x).astype(jnp.float32)))
+        return tokens, new_state
+
+    def _heads(self, x: Float[Array, "B T R HX"]) -> Float[Array, "B T R H X"]:
+        return constrain(x.reshape(*x.shape[:3], self.settings.heads, -1), "batch", "sequence", None, "heads", None)
 
     def init_state(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> State:
         memories, heads = self.settings.memories + self.settings.shared, self.settings.heads
         convolution = {name: conv.init_state(batch * memories, dtype) for name, conv in self.convolve.items()}
-        return {
+        state = {
             "recurrent": jnp.zeros((batch, memories, heads, self.key_dim, self.value_dim), jnp.float32),
             **{name: s.reshape(batch, memories, *s.shape[1:]) for name, s in convolution.items()},
         }
+        if self.settings.rule == "lightnet":
+            state["sum"] = jnp.full((batch, memories, heads, self.key_dim), NO_LOGIT, jnp.float32)
+        if self.settings.rule == "rwkv7":
+            state["shift"] = jnp.zeros((batch, 1, self.router.kernel.shape[-2]), dtype)
+        return state
 
 
-def _where(keep: Bool[Array, N], x: Array) -> Array:
-    return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+def _running_softmax(
+    logits: Float[Array, "B T R H K"], routed: Int[Array, "B T R"], before: Float[Array, "B R H K"] | None, segment_ids
+) -> tuple[Float[Array, "B T R H K"], Float[Array, "B T R H K"], Float[Array, "B R H K"]]:
+    """LightNet's keys, log decays, and running sum after the last token.
+
+    In the tokens' own order, where a memory's sum stays as it is over tokens that others get: a token's place in the scan,
+    and with it how its sum is rounded, does not depend on what later tokens do.
+    """
+    memories, heads, size = logits.shape[2:]
+
+    def together(x):
+        """Memories as channels: [.., R, H, K] to [.., H, R K]."""
+        return jnp.moveaxis(x, -3, -2).reshape(*x.shape[:-3], heads, memories * size)
+
+    def apart(x):
+        return jnp.moveaxis(x.reshape(*x.shape[:-1], memories, size), -2, -3)
+
+    masked = jnp.where(routed[..., None, None] > 0, logits.astype(jnp.float32), NO_LOGIT)
+    z, log_decay = running_logsumexp(together(masked), None if before is None else together(before), segment_ids)
+    z, log_decay = apart(z), apart(log_decay)
+    # No state precedes what a memory gets first.
+    log_decay = jnp.where(log_decay < NO_LOGIT / 2, 0, log_decay)
+    return jnp.exp(masked - z).astype(logits.dtype), log_decay, z[:, -1]
 
 
-def _sources(slot: Int[Array, "B T R"], slots: int) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-    """What is in each slot, and whether anything is."""
-    pairs = slot.shape[1] * slot.shape[2]
-    put = lambda slot: jnp.full(slots, pairs, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")  # noqa: E731
-    source = jax.vmap(put)(slot.reshape(-1, pairs))
-    return jnp.minimum(source, pairs - 1), source < pairs
+class _Groups(NamedTuple):
+    """Where tokens go: blocks of slots, and in each memory's consecutive blocks its tokens in their order.
+
+    Every memory has at least one block, the last one the blocks that nobody needs. Behind its tokens a memory's slots are
+    empty.
+    """
+
+    slot: Int[Array, "B T R"]  # of a token in a memory; S where it does not go
+    source: Int[Array, "B S"]  # t * R + r of the token and memory in a slot
+    filled: Bool[Array, "B S"]
+    ids: Int[Array, "B S"]  # run of the token in a slot; of the last token in empty ones
+    first: Int[Array, "B R"]  # block of each memory
+    memory: Int[Array, "B N"]  # whose a block is
+    count: Int[Array, "B R"]  # tokens of a memory
+
+    @property
+    def size(self) -> int:
+        """Slots a block."""
+        return self.source.shape[1] // self.memory.shape[1]
+
+    def gather(self, x: Float[Array, "B T R *X"] | Float[Array, "B T 1 *X"]) -> Float[Array, "B S *X"]:
+        """What tokens hold for their memory, or for all; empty slots get what some token holds."""
+        source = self.source // (self.slot.shape[2] // x.shape[2])
+        return _take(x.reshape(x.shape[0], -1, *x.shape[3:]), source)
+
+    def fill(self, x: Float[Array, "B S *X"]) -> Float[Array, "B S *X"]:
+        """x with zeros in the empty slots."""
+        return jnp.where(self.filled.reshape(*self.filled.shape, *[1] * (x.ndim - 2)), x, 0)
+
+    def blocks(self, x: Array) -> Array:
+        """[B, S, ..] as rows [B N, size, ..]."""
+        return x.reshape(-1, self.size, *x.shape[2:])
+
+    def begins(self) -> Bool[Array, "B N"]:
+        """Whether a block is its memory's first."""
+        return jnp.arange(self.memory.shape[1]) == _take(self.first, self.memory)
+
+    def fresh(self, run_before: Int[Array, "B 1"]) -> Bool[Array, "B N"]:
+        """Whether a document starts between a block and what its memory has before; `run_before` enters its first one."""
+        ids = self.ids.reshape(*self.memory.shape, self.size)
+        before = jnp.concatenate([run_before, ids[:, :-1, -1]], axis=1)
+        return ids[..., 0] != jnp.where(self.begins(), run_before, before)
+
+    def inputs_before(self, x, tail, run_before, memory, end, run) -> Float[Array, "B n P E"]:
+        """The P inputs of a memory before its token number `end`, zeros where they are not of the run `run`.
+
+        Args:
+          x: [B, S, E].
+          tail: [B, R, P, E], before the first token of each memory.
+          run_before: [B, 1], of the tail.
+          memory, end, run: [B, n].
+        """
+        batch, memories, past, channels = tail.shape
+        number = end[..., None] + jnp.arange(past) - past
+        slot = jnp.where(
+            number < 0,
+            memory[..., None] * past + past + number,
+            memories * past + _take(self.first, memory)[..., None] * self.size + number,
+        )
+        slot = slot.reshape(batch, end.shape[1] * past)
+        tails = tail.reshape(batch, memories * past, channels)
+        ids = jnp.concatenate([jnp.broadcast_to(run_before, tails.shape[:2]), self.ids], axis=1)
+        inputs = _take(jnp.concatenate([tails, x], axis=1), slot).reshape(*number.shape, channels)
+        mine = _take(ids, slot).reshape(number.shape) == run[..., None]
+        return jnp.where(mine[..., None], inputs, 0)
 
 
-def _one_row(routed: Int[Array, "B T R"], run: Int[Array, "B T"], visits: int, size: int) -> _Groups:
-    """All memories of a row in one sequence, each from a multiple of `size` on."""
-    length, memories = routed.shape[1:]
-    counts = jnp.sum(routed, axis=1)
-    padded = -(-counts // size) * size
-    first = jnp.cumsum(padded, axis=1) - padded
-    # At most this many: a token goes to `visits` memories, and each memory's last chunk has size - 1 empty slots or less.
-    slots = (length * visits + memories * (size - 1)) // size * size
-    # Whole chunks for every shard of the sequence.
-    slots += -slots % (size * sequence.shards())
-    slot = jnp.where(routed > 0, first[:, None] + jnp.cumsum(routed, axis=1) - 1, slots)
-    source, filled = _sources(slot, slots)
-    ids = source % memories * length + jnp.take_along_axis(run, source // memories, axis=1)
-    # Empty slots follow the tokens of their memory and share the last one's id, which only grows along the sequence.
-    ids = jax.lax.cummax(jnp.where(filled, ids, 0), axis=1)
-    return _Groups(slot, source, filled, ids)
+def _take(x: Array, index: Int[Array, "B n"]) -> Array:
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def _rows(routed: Int[Array, "B T R"], run: Int[Array, "B T"]) -> _Groups:
-    """Every memory of a row in a sequence of its own; the empty slots belong to the row's last document."""
+def _group(routed: Int[Array, "B T R"], run: Int[Array, "B T"], visits: int, size: int) -> _Groups:
+    """Groups of blocks of `size` slots; one block a memory where it holds all T tokens."""
     batch, length, memories = routed.shape
-    slots = memories * length
-    first = length * jnp.arange(memories, dtype=jnp.int32)
-    slot = jnp.where(routed > 0, first + jnp.cumsum(routed, axis=1) - 1, slots)
-    source, filled = _sources(slot, slots)
-    ids = jnp.where(filled, jnp.take_along_axis(run, source // memories, axis=1), run[:, -1:])
-    return _Groups(slot, source, filled, ids.reshape(batch * memories, length))
+    count = jnp.sum(routed, axis=1)
+    blocks = jnp.maximum(-(-count // size), 1)
+    first = jnp.cumsum(blocks, axis=1) - blocks
+    # At most this many: a token goes to `visits` memories, and each memory's last block has `size` empty slots or less.
+    number = min(memories * -(-length // size), length * visits // size + memories)
+    memory = jnp.sum(jnp.arange(number)[:, None] >= first[:, None], axis=2) - 1
+    slots = number * size
+    slot = jnp.where(routed > 0, first[:, None] * size + jnp.cumsum(routed, axis=1) - 1, slots)
+
+    pairs = length * memories
+    put = lambda slot: jnp.full(slots, pairs, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")  # noqa: E731
+    source = jax.vmap(put)(slot.reshape(batch, pairs))
+    filled, source = source < pairs, jnp.minimum(source, pairs - 1)
+    # The last token's run, so that a memory that it does not visit ends without a state.
+    ids = jnp.where(filled, _take(run, source // memories), run[:, -1:])
+    return _Groups(slot, source, filled, ids, first, memory, count)
 
 
-def _last_inputs(state: Float[Array, "N W E"], inputs: Float[Array, "N L E"], groups: _Groups) -> Float[Array, "N W E"]:
-    """The last W inputs before the empty slots, those of the last document; zeros where there are fewer."""
-    past = state.shape[1]
-    count = jnp.sum(groups.filled.reshape(groups.ids.shape), axis=1)
-    index = count[:, None] + jnp.arange(past)
-    ids = jnp.pad(groups.ids, ((0, 0), (past, 0)))
-    mine = jnp.take_along_axis(ids, index, axis=1) == groups.ids[:, -1:]
-    everything = jnp.concatenate([state.astype(inputs.dtype), inputs], axis=1)
-    return jnp.where(mine[..., None], jnp.take_along_axis(everything, index[..., None], axis=1), 0).astype(state.dtype)
+def _read_memories(
+    settings: MoMSettings, taps: dict, tokens: dict, routing: tuple, weights: Float[Array, "B T X"], state: State | None
+) -> tuple[Float[Array, "B T H V"], State]:
+    """Outputs of all tokens, and the states of convolutions and recurrences if they came with one.
+
+    Args:
+      taps: of the convolutions [W, H X], by the name of what they are for.
+      tokens: as `MoM._tokens` gives them.
+      routing: routed [B, T, R], 1 where a token goes to a memory; chosen [B, T, X], the memories that it goes to; run
+        [B, T], the index of its document.
+      weights: of the chosen memories' outputs.
+    """
+    batch, length, heads = *weights.shape[:2], settings.heads
+    if not sequence.split(length):
+        return _read_span(settings, False, taps, tokens, routing, weights, state)
+    # Channels of convolutions go where their heads go.
+    apart = lambda x: x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # noqa: E731
+    flat = lambda x: x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))  # noqa: E731
+    taps = {name: apart(x) for name, x in taps.items()}
+    states = ("batch", None, "heads", None, None)
+    state_axes = None
+    if state is not None:
+        state = {name: apart(x) if name in taps else x for name, x in state.items()}
+        state_axes = {name: ("batch", None, None, "heads", None) if name in taps else states for name in state}
+    per_token = ("batch", sequence.AXIS)
+    token_axes = {name: (*per_token, None, "heads", *[None] * (x.ndim - 4)) for name, x in tokens.items()}
+
+    def local(taps, tokens, routing, weights, state):
+        old = None if state is None else {name: flat(x) if name in taps else x for name, x in state.items()}
+        o, new = _read_span(settings, True, {name: flat(x) for name, x in taps.items()}, tokens, routing, weights, old)
+        return o, {name: x.reshape(state[name].shape) for name, x in new.items()}
+
+    o, new = sequence.shard_map(
+        local, {"batch": batch, sequence.AXIS: length, "heads": heads},
+        (dict.fromkeys(taps, (None, "heads", None)), token_axes, (per_token,) * 3, per_token, state_axes),
+        ((*per_token, "heads", None), state_axes or {}), taps, tokens, routing, weights, state,
+    )  # fmt: skip
+    return o, {name: flat(x) if name in taps else x for name, x in new.items()}
+
+
+def _read_span(settings: MoMSettings, shard: bool, taps, tokens, routing, weights, state) -> tuple[Array, State]:
+    """`_read_memories` of whole rows, or of a shard's span of them inside `sequence.shard_map`."""
+    routed, chosen, run = routing
+    batch, length, memories = routed.shape
+    size = min(settings.chunk_size, 1 << (length - 1).bit_length())
+    if shard:
+        # Every block has its states in memory: longer ones, while the empty slots behind a memory's tokens are few.
+        size = max(size, (1 << (length // (4 * memories)).bit_length()) // 2)
+    elif state is not None:
+        size = length
+    groups = _group(routed, run, chosen.shape[2], size)
+    run_before = jnp.zeros_like(run[:, :1])
+    if shard:
+        run_before = sequence.halo(run, run_before)
+    place = lambda x: constrain(x, "batch", None, "heads", *[None] * (x.ndim - 3))  # noqa: E731
+    values = {name: place(groups.gather(x)) for name, x in tokens.items()}
+    new_state = {}
+
+    for name, weight in taps.items():
+        inputs = values[name].reshape(batch, groups.source.shape[1], -1)
+        tail = jnp.zeros((batch, memories, weight.shape[0] - 1, inputs.shape[-1]), inputs.dtype)
+        tail = tail if state is None else state[name].astype(inputs.dtype)
+        y, new_state[name] = _convolve(shard, inputs, weight, tail, groups, run_before, run[:, -1:])
+        values[name] = place(y.reshape(values[name].shape))
+
+    v = values["v"]
+    skip = values.pop("skip", None)
+    if "step" in values:
+        values["v"] = (values.pop("step")[..., None] * v).astype(v.dtype)
+    if settings.rule in DELTA_RULES:
+        values |= {name: l2_normalise(values[name]) for name in ("q", "k")}
+    values = {name: x if name in ("q", "a") else groups.fill(x) for name, x in values.items()}
+    if state is None and not shard:
+        # Memories follow each other in one row as documents do.
+        ids = groups.ids * memories + jnp.repeat(groups.memory, size, axis=1)
+        o, _ = _recur(settings.rule, size, values, ids, None)
+    else:
+        rows = {name: groups.blocks(x) for name, x in values.items()}
+        run_op = partial(_recur, settings.rule, settings.chunk_size, ids=groups.blocks(groups.ids))
+        fresh = groups.fresh(run_before)[..., None, None, None]
+        entering = None if state is None else state["recurrent"]
+        last = None
+        if shard:
+            matrix = settings.rule in MATRIX_RULES
+            entering, last = _entering_states(run_op, matrix, rows, groups, fresh, run[:, -1:], entering)
+        # A document that starts with a block, or between it and what its memory has before, drops the state.
+        entering = jnp.where(fresh, 0, entering)
+        o, leaving = run_op(rows, initial=entering.reshape(-1, *entering.shape[2:]))
+        new_state["recurrent"] = last if shard else leaving.reshape(entering.shape)
+    o = o.reshape(v.shape)
+    if skip is not None:
+        o = o + (skip[..., None] * v).astype(o.dtype)
+
+    # A token's outputs, one a memory it went to, weighted.
+    slot = jnp.take_along_axis(groups.slot, chosen, axis=2).reshape(batch, -1)
+    o = _take(o, slot).reshape(*chosen.shape, *o.shape[2:])
+    o = jnp.einsum("btrhv,btr->bthv", o.astype(jnp.float32), weights, precision="highest")
+    if state is None:
+        return o, {}
+    return o, {name: x.astype(state[name].dtype) for name, x in new_state.items()}
+
+
+def _convolve(
+    shard: bool, inputs: Float[Array, "B S E"], weight: Float[Array, "W E"], tail: Float[Array, "B R P E"],
+    groups: _Groups, run_before: Int[Array, "B 1"], last_run: Int[Array, "B 1"],
+) -> tuple[Float[Array, "B N L E"], Float[Array, "B R P E"]]:  # fmt: skip
+    """The short convolution of every block, and each memory's last P = W - 1 inputs; `tail` are those before the row.
+
+    The tails that enter a shard come by the mechanism of all states. A memory may get fewer than P tokens on a shard, so
+    that its tail spans several: of P inputs those of the shard are what is written, and the transition moves the ones
+    before them by as many places; or drops them, where the document has changed.
+    """
+    memories, past, channels = tail.shape[1:]
+    each = jnp.arange(memories)[None]
+    last_inputs = lambda tail: groups.inputs_before(inputs, tail, run_before, each, groups.count, last_run)  # noqa: E731
+    if shard:
+        old, new = jnp.arange(past), jnp.arange(past)[:, None]
+        moved = (old == new + groups.count[..., None, None]) & (run_before == last_run)[..., None, None]
+        written = last_inputs(jnp.zeros_like(tail))
+        tail, last = sequence.prefix(sequence.apply_matrix, moved.astype(tail.dtype), written, tail)
+    else:
+        last = last_inputs(tail)
+    begin = (jnp.arange(groups.memory.shape[1]) - _take(groups.first, groups.memory)) * groups.size
+    run = groups.ids.reshape(*begin.shape, groups.size)[..., 0]
+    before = groups.inputs_before(inputs, tail, run_before, groups.memory, begin, run)
+    y, _ = short_convolution(
+        groups.blocks(inputs), weight.astype(inputs.dtype), state=before.reshape(groups.memory.size, past, channels),
+        segment_ids=groups.blocks(groups.ids), activation="silu",
+    )  # fmt: skip
+    return y, last
+
+
+def _entering_states(
+    run: Callable, matrix: bool, rows: dict[str, Array], groups: _Groups, fresh: Bool[Array, "B N 1 1 1"],
+    last_run: Int[Array, "B 1"], state: Float[Array, "B R H K V"] | None,
+) -> tuple[Float[Array, "B N H K V"], Float[Array, "B R H K V"]]:  # fmt: skip
+    """The states that enter a shard's blocks, and those of all memories after the last shard.
+
+    A block makes M s + N of the state s that enters it: N is what it writes from nothing, M what it makes of the identity
+    when it writes nothing. Products over each memory's blocks make a shard an affine map of the memories' states, as it
+    is of one state in other recurrences.
+    """
+    v = rows["v"]
+    size = rows["k"].shape[-1]
+    _, written = run(rows, initial=None)
+    identity = jnp.eye(size, dtype=written.dtype) if matrix else jnp.ones((size, 1), written.dtype)
+    nothing = jnp.zeros((*v.shape[:-1], identity.shape[-1]), v.dtype)
+    silent = rows | {name: nothing.astype(rows[name].dtype) for name in ("v", "write") if name in rows}
+    _, transition = run(silent, initial=jnp.broadcast_to(identity, (*written.shape[:2], *identity.shape)))
+    apply = sequence.apply_matrix if matrix else jnp.multiply
+    written, transition = (x.reshape(*groups.memory.shape, *x.shape[1:]) for x in (written, transition))
+    transition = jnp.where(fresh, 0, transition)
+    begins = groups.begins()[..., None, None, None]
+
+    def step(carry, block):
+        begins, transition, written = block
+        before, state = carry
+        before = jnp.where(begins, transition, apply(transition, before))
+        state = jnp.where(begins, written, apply(transition, state) + written)
+        return (before, state), carry
+
+    blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (begins, transition, written))
+    start = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), (transition, written))
+    end, before = jax.lax.scan(step, start, blocks)
+    # From the memory's first block on: up to each block, and after its last.
+    before = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), before)
+    after = jax.tree.map(lambda x, end: jnp.concatenate([x, end[:, None]], axis=1), before, end)
+    next_first = jnp.pad(groups.first[:, 1:], ((0, 0), (0, 1)), constant_values=groups.memory.shape[1])
+    # The last document may not visit a memory, whose slots may all be filled: no empty one then, which drops the state.
+    ended = (_take(groups.ids, next_first * groups.size - 1) != last_run)[..., None, None, None]
+    whole = jax.tree.map(lambda x: jnp.where(ended, 0, _take(x, next_first)), after)
+    if state is None:
+        state = jnp.zeros_like(whole[1])
+    entering, last = sequence.prefix(apply, *whole, state)
+    entering = _take(entering, groups.memory)
+    return jnp.where(begins, entering, apply(before[0], entering) + before[1]), last
+
+
+def _recur(
+    rule: str, chunk_size: int, values: dict[str, Array], ids: Int[Array, "N L"], initial: Float[Array, "N H K V"] | None
+) -> tuple[Float[Array, "N L H V"], Float[Array, "N H K V"]]:
+    """The op of a rule on rows."""
+    op = dplr_delta_rule if rule == "rwkv7" else delta_rule if rule in DELTA_RULES else linear_attention
+    scale = {"scale": 1.0} if rule in ("mamba2", "rwkv7") else {}
+    return op(**values, **scale, initial_state=initial, segment_ids=ids, chunk_size=chunk_size)

@@ -6,6 +6,7 @@ Initial values follow the authors' training code (RWKV-LM, RWKV-v7/train_temp).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -76,6 +77,27 @@ def _orthogonal(dense: Dense, gain: float, rngs: nnx.Rngs) -> Dense:
     return dense
 
 
+def initial_mix(names: Sequence[str], context: LayerContext) -> Float[Array, "N D"]:
+    """mu of the inputs of these projections: how much of the token before they see."""
+    exponents = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+    fall = 1 - jnp.asarray(context.index, jnp.float32) / context.depth
+    channel = jnp.arange(context.width, dtype=jnp.float32)
+    return jnp.stack([1 - (channel / context.width) ** (exponents[name] * fall) for name in names])
+
+
+def initial_channels(
+    channels: int, head_dim: int, context: LayerContext
+) -> tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, " C"]]:
+    """A ramp from -0.5 to 0.5 over the channels, and the biases of the decay and of the in-context learning rate."""
+    rise = jnp.asarray(context.index, jnp.float32) / max(context.depth - 1, 1)
+    channel = jnp.arange(channels, dtype=jnp.float32)
+    linear = channel / (channels - 1) - 0.5
+    zigzag = 2 * (channel % head_dim) / (head_dim - 1) - 1
+    zigzag = zigzag * jnp.abs(zigzag)
+    decay = -6 + 6 * (channel / (channels - 1)) ** (1 + rise**0.3) + 0.5 + 2.5 * zigzag
+    return linear, decay, -0.19 + 0.3 * zigzag + 0.4 * linear
+
+
 class LoRA(nnx.Module):
     """activation(x W_down) W_up (+ bias): zero at the start but for the bias, as W_down is; W_up is orthogonal, gain 0.1."""
 
@@ -118,17 +140,8 @@ class RWKV7(nnx.Module):
         width, depth = context.width, context.depth
         self.heads, size = settings.heads(width), settings.head_dim
         layer = jnp.asarray(context.index, jnp.float32)
-        fall, rise = 1 - layer / depth, layer / max(depth - 1, 1)
-        channel = jnp.arange(width, dtype=jnp.float32)
-        exponents = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
-        mix = jnp.stack([1 - (channel / width) ** (exponents[name] * fall) for name in MIXED])
-        self.mix = param(mix, (None, None), "dynamics")
-
-        linear = channel / (width - 1) - 0.5
-        zigzag = 2 * (channel % size) / (size - 1) - 1
-        zigzag = zigzag * jnp.abs(zigzag)
-        decay = -6 + 6 * (channel / (width - 1)) ** (1 + rise**0.3) + 0.5 + 2.5 * zigzag
-        rate = -0.19 + 0.3 * zigzag + 0.4 * linear
+        self.mix = param(initial_mix(MIXED, context), (None, None), "dynamics")
+        linear, decay, rate = initial_channels(width, size, context)
         self.decay = LoRA(width, settings.rank("decay", width), decay, rngs=rngs)
         self.rate = LoRA(width, settings.rank("rate", width), rate, rngs=rngs)
         mixes = settings.value_residual == "mix"
