@@ -19,6 +19,7 @@ SMS = 132  # multiprocessors of the chip
 F32 = jnp.float32
 
 WGMMA = plgpu.Layout.WGMMA
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 ROWS = WGMMA.reduce(1)  # a number for every row of a tile
 COLS = WGMMA.reduce(0)  # a number for every column
 
@@ -56,6 +57,16 @@ def iota(shape, axis):
 
 def load(ref, layout=WGMMA):
     return plgpu.load(ref, layout=layout)
+
+
+def load_state(ref):
+    """Some value channels of a state in global memory [K, C], transposed."""
+    return plgpu.layout_cast(plgpu.load(ref.T, layout=TRANSPOSED, optimized=False), WGMMA)
+
+
+def store_state(ref, state):
+    """The reverse of `load_state`."""
+    ref.T[...] = plgpu.layout_cast(state, TRANSPOSED)
 
 
 class Call:

@@ -48,11 +48,13 @@ from pallas_kernels.gpu import (
     declines,
     iota,
     load,
+    load_state,
     over_values,
     padded,
     product_after,
     product_before,
     product_total,
+    store_state,
     swizzled,
     times,
     value_tiles,
@@ -67,7 +69,6 @@ __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 # The logical axes of what `forward` saves.
 SAVED_AXES = (("batch", None, "heads", None, None),) * 4
 
-TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 SMALL = 16  # tokens of the smallest blocks that matrix products join
 FEWEST = 8  # chunks of a segment of time
 
@@ -287,11 +288,6 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
     grid = {"h": H, "n": N, "b": B}
     q_read, k_read, *channels = call(body, "delta_rule_channels_scores", grid, operands, out_type, scratch, 1)
     return q_read, k_read, channels[:3], channels[3] if keys else None
-
-
-def load_state(ref):
-    """A state in global memory [K, C], transposed."""
-    return plgpu.layout_cast(plgpu.load(ref.T, layout=TRANSPOSED, optimized=False), WGMMA)
 
 
 def _stages(K, wgs, channels):
@@ -527,7 +523,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
             if maps:
                 final_ref.at[b, s, h, mine][...] = state
             else:
-                final_ref.at[b, s, h, pl.ds(0, K), mine].T[...] = plgpu.layout_cast(state, TRANSPOSED)
+                store_state(final_ref.at[b, s, h, pl.ds(0, K), mine], state)
 
         if follows:
             pl.when(wg == 0)(walk)
@@ -710,7 +706,7 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
             if alone:
                 d_state_ref.at[b, s, h, mine][...] = dh
             else:
-                d_state_ref.at[b, s, h, pl.ds(0, K), mine].T[...] = plgpu.layout_cast(dh, TRANSPOSED)
+                store_state(d_state_ref.at[b, s, h, pl.ds(0, K), mine], dh)
                 plgpu.wait_smem_to_gmem(0)
 
         if leads:

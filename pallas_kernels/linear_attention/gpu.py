@@ -52,11 +52,13 @@ from pallas_kernels.gpu import (
     decay_rows,
     declines,
     load,
+    load_state,
     over_values,
     padded,
     product_after,
     product_before,
     product_total,
+    store_state,
     swizzled,
     times,
     value_tiles,
@@ -76,12 +78,12 @@ SAVED_AXES = ("batch", None, "heads", None, None)
 
 def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, reverse=False):
     """Walk the chunks with the state h [V, K]: h <- total h + (weights y)^T x; forwards with the factors after each token, or
-    backwards with those up to it, times the scale.
+    backwards with those up to it, times the scale. Where a block has 64 value channels, another warpgroup makes the outputs.
 
     Args:
       x: [B, T, H, K]; y: [B, T, H, V].
       rows: of `decay_rows`, for chunks of C.
-      state: [B, S, H, V, K] float32, entering each of S segments of whole pairs of chunks.
+      state: [B, S, H, K, V] float32, entering each of S segments of whole pairs of chunks.
       q: also return o = scale q h + P y.
       emit: also return the state at every pair of chunks [B, N / 2, H, V, K] in x's dtype, before it takes part.
 
@@ -96,12 +98,14 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
     blocks = V // C // wgs
     stages = 4 if q is None or K + wgs * C < 256 else 3 if K < 256 else 2
     dtype = x.dtype
-    out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
+    follows = q is not None and wgs == 1 and K <= 128
+    threads = wgs + follows
+    out_type = [jax.ShapeDtypeStruct(state.shape, F32)]
     scratch = {
         "x_s": swizzled((stages, C, K), dtype), "y_s": swizzled((stages, wgs, C, C), dtype),
         "full": plgpu.Barrier(num_arrivals=1 + wgs + (q is not None) + (0 if rows is None else 1 + (q is not None)),
                               num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=wgs),
+        "empty": plgpu.Barrier(num_arrivals=threads, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=threads),
     }  # fmt: skip
     operands = [x, y, state]
     if rows is not None:
@@ -117,10 +121,12 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
     if emit:
         out_type.append(jax.ShapeDtypeStruct((B, pairs, H, V, K), dtype))
     if emit or q is not None:
-        scratch["h_s"] = swizzled((wgs, C, K), dtype)
+        scratch["h_s"] = swizzled((2 if follows else wgs, C, K), dtype)
+    if follows:
+        scratch |= {name: plgpu.Barrier(num_barriers=2) for name in ("written", "followed")}
 
-    def body(x_ref, y_ref, state_ref, *refs, x_s, y_s, full, empty, done, columns_s=None, rows_s=None, q_s=None, o_s=None,
-             h_s=None):
+    def body(x_ref, y_ref, state_ref, *refs, x_s, y_s, full, empty, done, written=None, followed=None, columns_s=None,
+             rows_s=None, q_s=None, o_s=None, h_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         q_ref = refs.pop(0) if q is not None else None
@@ -131,8 +137,9 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
         wg = lax.axis_index("wg")
         first, last = 2 * s * each, 2 * jnp.minimum((s + 1) * each, pairs)
         count = jnp.maximum(last - first, 0)
+        part = wg * (wgs - 1)  # one that follows has none of its own
         values = [(block * wgs + i) * C for i in range(wgs)]
-        mine = pl.ds((block * wgs + wg) * C, C)
+        mine = pl.ds((block * wgs + part) * C, C)
 
         def chunk(n):
             return last - 1 - n if reverse else first + n
@@ -151,27 +158,42 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
             if q is not None:
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
 
-        def step(n, slot, st):
-            x_c, y_c = x_s.at[slot], y_s.at[slot, wg]
-            if emit or q is not None:
+        def outputs(n, slot):
+            q_c, x_c, y_c = q_s.at[slot], x_s.at[slot], y_s.at[slot, part]
+            turn = lax.rem(n, 2)
+            of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
+            scores = times(call.dot((q_c, x_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * scale
+            if follows:
+                plgpu.barrier_wait(written.at[turn])
+            o = call.dot((q_c, h_s.at[turn if follows else wg].T)) * scale
+            if follows:
+                pl.when(n + 2 < count)(lambda: plgpu.barrier_arrive(followed.at[turn]))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                h_s.at[wg][...] = st.astype(dtype)
+            if rows is not None:
+                o = o * by_row(product_before(of_row, ROWS), o.shape)
+            o = call.dot((scores.astype(dtype), y_c), init=o)
+            o_s.at[part][...] = o.astype(o_s.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(o_s.at[part], o_ref.at[b, pl.ds(chunk(n) * C, C), h, mine])
+
+        def step(n, slot, st):
+            x_c, y_c = x_s.at[slot], y_s.at[slot, part]
+            if emit or q is not None:
+                kept, turn = h_s.at[lax.rem(n, 2) if follows else wg], lax.rem(n, 2)
+                if follows:
+                    pl.when(n >= 2)(lambda: plgpu.barrier_wait(followed.at[turn]))
+                if emit or not follows:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                kept[...] = st.astype(dtype)
                 plgpu.commit_smem()
+                if follows:
+                    plgpu.barrier_arrive(written.at[turn])
             if emit:
                 @pl.when(lax.rem(n, 2) == 0)
                 def _():
-                    plgpu.copy_smem_to_gmem(h_s.at[wg], h_ref.at[b, lax.div(chunk(n), 2), h, mine])
-            if q is not None:
-                q_c = q_s.at[slot]
-                of_row, of_column = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
-                scores = times(call.dot((q_c, x_c.T)), weights_between((C, C), of_row, of_column, 0, 0)) * scale
-                o = call.dot((q_c, h_s.at[wg].T)) * scale
-                if rows is not None:
-                    o = o * by_row(product_before(of_row, ROWS), o.shape)
-                o = call.dot((scores.astype(dtype), y_c), init=o)
-                o_s.at[wg][...] = o.astype(o_s.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(o_s.at[wg], o_ref.at[b, pl.ds(chunk(n) * C, C), h, mine])
+                    plgpu.copy_smem_to_gmem(kept, h_ref.at[b, lax.div(chunk(n), 2), h, mine])
+            if q is not None and not follows:
+                outputs(n, slot)
             yt = load(y_c.T)
             if rows is not None:
                 of_column = columns_s.at[slot]
@@ -182,9 +204,17 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
                 yt = (yt.astype(F32) * scale).astype(dtype)
             return call.dot((yt, x_c), init=st)
 
-        st = plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
-        st = walk_chunks(fetch, step, st, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
-        final_ref.at[b, s, h, mine][...] = st
+        go = partial(walk_chunks, fetch, count=count, wg=wg, wgs=threads, full=full, empty=empty)
+
+        def walk():
+            st = go(step, load_state(state_ref.at[b, s, h, pl.ds(0, K), mine]))
+            store_state(final_ref.at[b, s, h, pl.ds(0, K), mine], st)
+
+        if follows:
+            pl.when(wg == 0)(walk)
+            pl.when(wg == 1)(lambda: go(lambda n, slot, _: outputs(n, slot), None))
+        else:
+            walk()
         if emit or q is not None:
             plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(done)
@@ -192,7 +222,7 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
 
     grid = {"b": B, "h": H, "s": segments, "v": blocks}
     name = "linear_attention_" + ("backward_states" if reverse else "states" if q is None else "forward")
-    final, *rest = call(body, name, grid, operands, out_type, scratch, wgs)
+    final, *rest = call(body, name, grid, operands, out_type, scratch, threads)
     o = rest.pop(0) if q is not None else None
     return final, o, rest.pop(0) if emit else None
 
@@ -427,7 +457,7 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
     stages = 3 if K < 256 else 2
     dtype = x.dtype
     outputs = q is not None
-    out_type = [jax.ShapeDtypeStruct((B, segments, H, V, K), F32)]
+    out_type = [jax.ShapeDtypeStruct(state.shape, F32)]
     scratch = {
         "x_s": swizzled((stages, C, K), dtype), "y_s": swizzled((stages, wgs, C, C), dtype),
         "total_s": plgpu.SMEM((stages, K), F32),
@@ -490,9 +520,9 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
             kept = by_column(jnp.exp2(load(total_s.at[slot], COLS)), st.shape)
             return call.dot((y_c.T, x_c), init=st * kept)
 
-        st = plgpu.load(state_ref.at[b, s, h, mine], layout=WGMMA, optimized=False)
+        st = load_state(state_ref.at[b, s, h, pl.ds(0, K), mine])
         st = walk_chunks(fetch, step, st, count=count, wg=wg, wgs=wgs, full=full, empty=empty)
-        final_ref.at[b, s, h, mine][...] = st
+        store_state(final_ref.at[b, s, h, pl.ds(0, K), mine], st)
         if emit or outputs:
             plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(done)
@@ -626,14 +656,14 @@ def _segment_decays(log_decay, reset, segments, each):
 
 
 def _entering(local, decays, state, *, reverse=False):
-    """The states that enter segments [B, S, H, V, K], from what each adds and its decay."""
+    """The states that enter segments [B, S, H, K, V], from what each adds and its decay."""
     order = range(local.shape[1])
     order = reversed(order) if reverse else order
     entering = [None] * local.shape[1]
     decays = jnp.broadcast_to(decays, (*decays.shape[:1], local.shape[1], *decays.shape[2:]))
     for s in order:
         entering[s] = state
-        state = decays[:, s, :, None] * state + local[:, s]
+        state = decays[:, s, :, :, None] * state + local[:, s]
     return jnp.stack(entering, axis=1)
 
 
@@ -648,14 +678,13 @@ def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
     """
     B, T, H, V = shape
     segments = max(1, min(gpu.SMS // (B * H * (V // C)), T // PAIR // 4))
-    state = jnp.swapaxes(state, -1, -2)
     states = state[:, None]
     if segments > 1:
         zeros = jnp.zeros((B, segments, *state.shape[1:]), F32)
         local, *_ = walk(zeros, segments, reverse=reverse)
         states = _entering(local, decays(segments, -(-T // unit // segments) * unit), state, reverse=reverse)
     final, o, saved = walk(states, segments, q=q, emit=emit, reverse=reverse)
-    return jnp.swapaxes(final[:, 0 if reverse else -1], -1, -2), o, saved
+    return final[:, 0 if reverse else -1], o, saved
 
 
 def _is_vector(log_decay):
