@@ -85,8 +85,8 @@ def delta_rule(
       write: [B, T, H, V], with an erase gate alone; in the same range.
       scale, initial_state, segment_ids: as in `linear_attention`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
-        gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPU; its
-        gradient keeps the inputs and a state a chunk) or "auto" (see `forms.choose`).
+        gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPUs
+        and Hopper GPUs; its gradient keeps the inputs and a state a chunk) or "auto" (see `forms.choose`).
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk. The kernel has its own.
 
     Returns:

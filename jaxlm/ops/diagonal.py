@@ -64,9 +64,9 @@ def diagonal_recurrence(
       segment_ids: h is zeroed between two tokens whose ids differ, so that each document of a packed row gets what it
         gets alone. The first run of a row continues `initial_state`.
       form: "recurrent" (token by token), "parallel" (`jax.lax.associative_scan`), "chunked" (chunks side by side, token
-        by token, then a scan of their ends), "kernel" (Pallas, on TPU, for real numbers), "fft" (a convolution with the
-        powers of a; only for log_a [*D] without segment ids, and later tokens change the rounding of earlier outputs) or
-        "auto" (see `forms.choose`).
+        by token, then a scan of their ends), "kernel" (Pallas, on TPUs and Hopper GPUs, for real numbers), "fft" (a
+        convolution with the powers of a; only for log_a [*D] without segment ids, and later tokens change the rounding of
+        earlier outputs) or "auto" (see `forms.choose`).
       chunk_size: tokens a chunk, a power of two.
 
     Returns:

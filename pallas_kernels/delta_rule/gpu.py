@@ -17,8 +17,10 @@ dbeta_j = k_j w_j. Four kernels:
 - inverses: every chunk on its own, R. The inverse doubles its blocks: with X that of the blocks of s tokens and A_s the part of
   A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s. Products skip the blocks of 16 tokens that are 0.
 - forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u, r
-  and what is written, which enter the next product from there. For training it also writes h and r of every chunk.
-- backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk.
+  and what is written, which enter the next product from there. Another one follows with the outputs where blocks are few. For
+  training it also writes h and r of every chunk.
+- backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores come from
+  another warpgroup.
 - backward: every chunk and 64 of its key channels on its own, for dq, dk, dbeta and the flow of the decays.
 """
 
@@ -724,7 +726,8 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
 
 
 def _segments(walks, V, chunks):
-    """Segments of time, so many that walks with few heads fill the chip. They double the work."""
+    """Segments of time, so many that walks with few heads fill the chip with a block of 64 value channels each. They double
+    the work."""
     most = max(1, min(gpu.SMS // (walks * (V // C)), chunks // FEWEST))
     return -(-chunks // -(-chunks // most))  # none is empty
 

@@ -3,8 +3,9 @@
 Without decay or with one of every head, three kernels:
 
 - forward: a warpgroup walks a head's chunks of 64 tokens in order with 64 value channels of the state, transposed, in
-  registers. q, k and v come by the copy engine two or three chunks ahead. Scores weighed by exp(b_i - b_j) and the state's part
-  of the output add up in one accumulator. For training it also writes the state that enters every second chunk, in q's dtype.
+  registers, and where blocks are few another one makes the outputs. q, k and v come by the copy engine one to three chunks
+  ahead. Scores weighed by exp(b_i - b_j) and the state's part of the output add up in one accumulator. For training it also
+  writes the state that enters every second chunk, in q's dtype.
 - backward, states: the same walk in reverse with the cotangent of the state.
 - backward: every pair of chunks on its own, from the state that enters it and the cotangent of the one that leaves it; two
   warpgroups take 64 tokens each, as queries for dq and as keys for dk and dv.
