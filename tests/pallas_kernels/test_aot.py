@@ -101,9 +101,11 @@ def test_shared_memory_of_gpu_kernels_is_counted():
     tokens, state, found = 2 * tile, 4 * tile, {}
     for name, shared, operands in aot.gpu_calls(jax.make_jaxpr(function)(*arguments).jaxpr):
         found[name] = operands
-        # A chunk's keys, four tiles, beta, decays twice, and a barrier; both value tiles in blocks of their own.
-        stages = 3 * (2 * tokens + 2 * tile + 3 * 256) + 2 * 3 * 8
-        expected = {"inverses": tokens + 4 * tile + 3 * 256 + 8, "forward": stages + tokens + 2 * tile + 8}
+        # Inverses: a chunk's keys, A, R and two times 16 of 64 columns, beta, decays twice, and a barrier.
+        # Forward, value tiles in blocks of their own: keys, R and gates of three chunks; queries, values, states and r of two;
+        # an output; twelve barriers.
+        chunks, turns = 3 * (tokens + tile + 3 * 256), 2 * (2 * tokens + 2 * tile)
+        expected = {"inverses": tokens + 2 * tile + tile // 2 + 3 * 256 + 8, "forward": chunks + turns + tile + 12 * 8}
         assert shared == expected[name.removeprefix("delta_rule_")]
     gates = 2 * 128 * 4
     inputs, saved = 3 * 2 * tokens + 2 * tile, 2 * state + 2 * tokens
