@@ -61,6 +61,9 @@ def kernel_names() -> list[str]:
     return names
 
 
+HOUR = 3600.0  # seconds; the chunked delta rule of long rows compiles for minutes, on a busy machine for tens of them
+
+
 def chunked(op: str, direction: str, decay: str, dtype: str = "bfloat16", **sizes: int):
     """The chunked form as `pallas_kernels.cases.abstract` has the kernel: forward, or forward and backward."""
     B, T, H, K, V = cases.Shape(**sizes)
@@ -146,8 +149,8 @@ def _compiled(console: Console, op: str, decay: str, chip: str, shape: cases.Sha
     for direction in cases.DIRECTIONS:
         console.print(f"{op}, {decay}, {direction}, {chip}", markup=False, highlight=False)
         case = {"op": op, "direction": direction, "decay": decay}
-        report = aot.report(chip, "pallas_kernels.cases:abstract", case | {"platform": "tpu"} | sizes)
-        plain = aot.report(chip, "jaxlm.bench.kernels:chunked", case | sizes, schedules=False)
+        report = aot.report(chip, "pallas_kernels.cases:abstract", case | {"platform": "tpu"} | sizes, timeout=HOUR)
+        plain = aot.report(chip, "jaxlm.bench.kernels:chunked", case | sizes, schedules=False, timeout=HOUR)
         found = report["kernels"]
         rows.append(case | {
             "chip": chip,
