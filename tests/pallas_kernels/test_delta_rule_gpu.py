@@ -75,11 +75,14 @@ def test_values_gradients_and_no_races(case, monkeypatch):
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
 
 
-@pytest.mark.parametrize("case", [("scalar", 64, 128, True), ("none", 64, 64, False), ("vector", 128, 64, True)], ids=str)
+@pytest.mark.parametrize(
+    "case", [("scalar", 64, 128, False), ("none", 64, 64, False), ("vector", 128, 64, False), ("none", 64, 128, True)], ids=str
+)
 def test_segments_of_time(case, monkeypatch):
-    """Three of two, two and one chunks; documents end in the segments unless there are none."""
+    """Three of two, two and one chunks; decays and betas that leave something of a state, documents that end in them."""
     kind, K, V, resets = case
-    inputs, reset, *rest = arrays(kind, 300, 1, K, V, B=1, dtype="bfloat16")
+    (q, k, v, beta, g), reset, *rest = arrays(kind, 300, 1, K, V, B=1, dtype="bfloat16")
+    inputs = q, k, v, beta / 8, None if g is None else g / 1000
     monkeypatch.setattr(hopper, "SMS", 4 * V // 64)
     monkeypatch.setattr(gpu, "FEWEST", 1)
     assert gpu._segments(1, V, 5) == 3
