@@ -303,7 +303,7 @@ def draw(result: dict, output: Path) -> bool:
     tasks = list(dict.fromkeys(task for _, task in scores))
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
-    made = new_figure(rows, columns, (4.0 * columns, (0.24 * len(mixers) + 1.2) * rows))
+    made = new_figure(rows, columns, (4.6 * columns, (0.24 * len(mixers) + 1.2) * rows))
     if made is None:
         return False
     figure, axes = made
@@ -311,15 +311,15 @@ def draw(result: dict, output: Path) -> bool:
         axis.set_visible(False)
     for axis, task in zip(axes.flat, tasks, strict=False):
         first, last = TASKS[task].test[0], TASKS[task].test[-1]
-        for row, mixer in enumerate(mixers):
-            if (mixer, task) in scores:
-                values = list(scores[mixer, task].values())
-                axis.plot([values[0], values[-1]], [row, row], color="0.7", linewidth=1, zorder=1)
-                axis.scatter(values[0], row, color="C0", s=26, zorder=2)
-                axis.scatter(values[-1], row, color="C1", s=26, zorder=2)
+        trained = [mixer for mixer in mixers if (mixer, task) in scores]
+        for row, mixer in enumerate(trained):
+            values = list(scores[mixer, task].values())
+            axis.plot([values[0], values[-1]], [row, row], color="0.7", linewidth=1, zorder=1)
+            axis.scatter(values[0], row, color="C0", s=26, zorder=2)
+            axis.scatter(values[-1], row, color="C1", s=26, zorder=2)
         axis.axvline(TASKS[task].chance, color="0.5", linestyle=":", linewidth=1)
         axis.set_title(f"{task}\n{first} (blue, trained), {last} (orange)", fontsize=9)
-        axis.set(xlim=(-0.03, 1.03), yticks=range(len(mixers)), yticklabels=mixers)
+        axis.set(xlim=(-0.03, 1.03), yticks=range(len(trained)), yticklabels=trained)
         axis.invert_yaxis()
     figure.savefig(output / "tasks.png", dpi=120)
     return True
