@@ -218,8 +218,9 @@ def run(
     known = mixer_names()
     mixers = list(QUICK_MIXERS) if quick and not mixers else chosen(mixers, known, "--mixers")
     tasks = list(QUICK_TASKS) if quick and not tasks else chosen(tasks, TASKS, "--tasks")
-    if seeds < 1 or jobs < 1 or (steps is not None and steps < 1):
-        raise UserError(f"--seeds {seeds} --steps {steps} --jobs {jobs}: all must be at least 1")
+    for option, number in (("--seeds", seeds), ("--steps", steps), ("--jobs", jobs)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} {number}: it must be at least 1")
     scale = scale or (QUICK if quick else FULL)
     if steps is not None:
         scale = scale._replace(steps=steps)
@@ -239,7 +240,8 @@ def run(
     for number, ((mixer, task, seed), trained) in enumerate(_trained(wanted, scale, jobs)):
         cell = {"mixer": mixer, "task": task, "seed": seed, **trained}
         cells.append(cell | {"scale": scale._asdict(), "environment": here})
-        cells.sort(key=lambda cell: ([*known, cell["mixer"]].index(cell["mixer"]), cell["seed"]))
+        # In one order whichever is done first; cells of other versions may have names that are no longer known.
+        cells.sort(key=lambda c: (*([*names, c[k]].index(c[k]) for k, names in (("mixer", known), ("task", TASKS))), c["seed"]))
         write_json(path, result)
         scores = ", ".join(f"{size}: {value:.3f}" for size, value in cell["accuracy"].items())
         line = f"[{number + 1}/{len(wanted)}] {task}, {mixer}: loss {cell['loss']:.3f}, {scores} ({cell['seconds']:.0f} s)"
