@@ -11,6 +11,7 @@ from jaxlm.layers.ffn import FFNS
 from jaxlm.layers.mixers import MIXERS
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.mixers.delta import DeltaNetSettings, GatedDeltaNetSettings, KDASettings
+from jaxlm.layers.mixers.gla import GLASettings
 from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.hgrn2 import HGRN2Settings
 from jaxlm.layers.mixers.lightnet import LightNetSettings
@@ -141,6 +142,19 @@ def retention(p, s, x):
     return (rms(out, p["output"]["norm"]["scale"]).reshape(len(x), -1) * gate) @ p["output"]["project"]["kernel"]
 
 
+def gla(p, s, x):
+    q, k, v = (heads(x @ p["qkv"]["project"][name]["kernel"], s.heads) for name in "qkv")
+    gate = x @ p["gate_down"]["kernel"] @ p["gate_up"]["kernel"] + p["gate_up"]["bias"]
+    decay = heads(sigmoid(gate) ** (1 / s.gate_normalizer), s.heads)
+    state, out = np.zeros((s.heads, *k.shape[2:], *v.shape[2:])), np.zeros_like(v)
+    for t in range(len(x)):
+        for h in range(s.heads):
+            state[h] = decay[t, h][:, None] * state[h] + np.outer(k[t, h], v[t, h])
+            out[t, h] = q[t, h] @ state[h] / np.sqrt(k.shape[2])
+    normed = rms(out, p["output"]["norm"]["scale"]).reshape(len(x), -1)
+    return (normed * silu(x @ p["output"]["gate"]["kernel"])) @ p["output"]["project"]["kernel"]
+
+
 def hgrn2(p, s, x):
     grown = LAYER * np.exp(p["bound_logit"])
     bound = grown / (grown + DEPTH - LAYER)
@@ -238,6 +252,8 @@ def rwkv_channels(p, s, x):
 
 RWKV_RANKS = {"decay_rank": 3, "rate_rank": 4, "value_rank": 2, "gate_rank": 5}
 CASES = {
+    "gla": (gla, GLASettings(heads=2, gate_rank=3, chunk_size=4)),
+    "gla-normalizer": (gla, GLASettings(heads=2, gate_rank=3, gate_normalizer=2.0, expand_k=1.0, expand_v=2.0, chunk_size=4)),
     "mamba2": (mamba2, Mamba2Settings(head_dim=8, state=6, groups=2, convolution=2, chunk_size=4)),
     "retnet": (retention, RetentionSettings(heads=2, rope_base=50.0, chunk_size=4)),
     "transnormer": (
