@@ -34,8 +34,8 @@ class S4DSettings(Schema):
     dt_max: float = Field(0.1, gt=0, description="Largest step size at the start; between them log-uniform.")
     fft: bool = Field(
         False,
-        description="Convolve by FFT where no documents are packed and no state is carried. Later tokens then change the "
-        "rounding of earlier outputs.",
+        description="Convolve by FFT where no documents are packed and no state is carried: in calls from Python without "
+        "segment ids, not in training, whose rows have them. Later tokens then change the rounding of earlier outputs.",
     )
     chunk_size: ChunkSize = 64
 
