@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict] = {
 }
 QUICK_MIXERS = ("attention", "gla", "mamba2", "deltanet", "deltanet-negative", "gated_deltanet-negative")
 QUICK_TASKS = (
-    "parity", "modular_addition", "s3", "s5", "copying", "mqar", "k_hop", "in_context_language", "addition_plain",
+    "parity", "modular_addition", "s3", "s5", "s5_swaps", "copying", "mqar", "k_hop", "in_context_language", "addition_plain",
     "addition_reverse",
 )  # fmt: skip
 
@@ -74,13 +74,13 @@ class Scale(NamedTuple):
     steps: int
     learning_rate: float
     test_examples: int
-    pool: int  # distinct training examples of each size, for tasks that are slow to draw
+    pool: int  # distinct training examples
 
 
-QUICK = Scale(width=64, depth=2, batch=64, steps=600, learning_rate=3e-3, test_examples=256, pool=4096)
+QUICK = Scale(width=64, depth=2, batch=64, steps=600, learning_rate=3e-3, test_examples=256, pool=16_384)
 FULL = Scale(width=128, depth=2, batch=256, steps=6000, learning_rate=2e-3, test_examples=1024, pool=65_536)
 
-SIZES = 4  # that training examples have, from a quarter of the largest
+SIZES = 4  # that training examples have, from an eighth of the largest
 STEPS_A_CALL = 50
 
 
@@ -173,7 +173,7 @@ class _Batches:
 
     def __init__(self, task: Task, task_name: str, seed: int, scale: Scale):
         smallest, largest = task.train
-        sizes = sorted({round(s) for s in np.linspace(max(smallest, largest / 4), largest, SIZES)})
+        sizes = sorted({round(s) for s in np.geomspace(max(smallest, largest / 8), largest, SIZES)})
         counts = [scale.pool // (2 * max(1, len(sizes) - 1))] * (len(sizes) - 1)
         counts.append(scale.pool - sum(counts))
         parts = [task.generate(_rng("train", task_name, seed, s), n, s)[:3] for s, n in zip(sizes, counts, strict=True)]
@@ -210,7 +210,8 @@ def run(
       seeds: models a cell; the table shows the best, as the question is what a mixer can learn.
       quick: models and training for minutes on a CPU.
       steps: training steps instead of the scale's.
-      jobs: cells at once, each in a process of its own. They share a GPU, which small models leave idle most of the time.
+      jobs: cells at once, each in a process of its own. Processes take the GPUs in turn and share them, as small models
+        leave one idle most of the time (several run at once if NVIDIA's MPS, `nvidia-cuda-mps-control -d`, is on).
 
     Raises:
       UserError: for names that are not there, or numbers that mean nothing.
@@ -257,13 +258,32 @@ def _trained(wanted: Sequence[tuple], scale: Scale, jobs: int) -> Iterator[tuple
         yield from ((cell, train_cell(*cell, scale)) for cell in wanted)
         return
     # Not forked: jax has threads.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    gpus = context.SimpleQueue()
+    for name in _gpu_names(jobs):
+        gpus.put(name)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_take_gpu, initargs=(gpus,)) as pool:
         futures = {pool.submit(train_cell, *cell, scale): cell for cell in wanted}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _gpu_names(jobs: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES is for each of so many processes, which take the GPUs in turn; none without GPUs."""
+    if jax.default_backend() != "gpu":
+        return []
+    count = jax.local_device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    return [names[job % count] for job in range(jobs)]
+
+
+def _take_gpu(gpus) -> None:
+    """Give this process, before it uses one, a GPU of those that are left, if there are any."""
+    if not gpus.empty():
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
 
 def best(result: dict) -> dict[tuple[str, str], dict[str, float]]:

@@ -64,22 +64,25 @@ def permutations(n: int) -> Int[np.ndarray, "n! n"]:
     return np.array(list(itertools.permutations(range(n))))
 
 
-def word_problem(rng: np.random.Generator, count: int, size: int, n: int) -> Examples:
-    """Elements g_1, g_2, .. of the symmetric group S_n, numbered lexicographically; at each, the product so far.
+def word_problem(rng: np.random.Generator, count: int, size: int, n: int, *, swaps: bool = False) -> Examples:
+    """Elements g_1, g_2, .. of the symmetric group S_n; at each, the product so far, numbered lexicographically.
 
     The product p q is the permutation i -> p[q[i]], and the prefix at t is g_1 g_2 .. g_t: the newest element is on the
-    right (Merrill et al. 2024, arXiv 2404.08819).
+    right (Merrill et al. 2024, arXiv 2404.08819). Tokens number the elements likewise; with `swaps` they number those that
+    exchange two places or none, each of which one generalised Householder step of eigenvalue -1 can be (Grazzi et al. 2024,
+    arXiv 2411.12537).
     """
     elements = permutations(n)
+    letters = elements[(elements != np.arange(n)).sum(axis=1) <= 2] if swaps else elements
     # A permutation as a number in base n, to look its index up.
     place = n ** np.arange(n)
     index = np.full(n**n, -1)
     index[elements @ place] = np.arange(len(elements))
-    tokens = rng.integers(len(elements), size=(count, size))
+    tokens = rng.integers(len(letters), size=(count, size))
     targets = np.empty_like(tokens)
     product = np.tile(np.arange(n), (count, 1))
     for t in range(size):
-        product = np.take_along_axis(product, elements[tokens[:, t]], axis=1)
+        product = np.take_along_axis(product, letters[tokens[:, t]], axis=1)
         targets[:, t] = index[product @ place]
     return Examples(tokens, targets, np.ones_like(tokens, bool))
 
@@ -185,7 +188,10 @@ class Automaton(NamedTuple):
         return self.next >= 0
 
 
-def random_automaton(rng: np.random.Generator, *, letters: int = 18, states: int = 12, edges: int = 4) -> Automaton:
+STATES = 12
+
+
+def random_automaton(rng: np.random.Generator, *, letters: int = 18, states: int = STATES, edges: int = 4) -> Automaton:
     """As RegBench draws them (Akyurek et al. 2024, arXiv 2401.12973): edges..states states, an alphabet of edges..letters
     letters, of each state 1..edges-1 edges with distinct letters to distinct other states. State 0 starts."""
     size = int(rng.integers(edges, states + 1))
@@ -205,20 +211,23 @@ def in_context_language(rng: np.random.Generator, count: int, size: int, letters
     every letter that the automaton allows there is accepted. Targets at a word's last letter, whose next token is the
     separator, are not asked for.
     """
+    tables = np.full((count, STATES, letters), -1)
+    for table in tables:
+        automaton = random_automaton(rng, letters=letters, states=STATES)
+        table[: len(automaton.next)] = automaton.next
     tokens = np.zeros((count, size + 1), int)
     accepted = np.zeros((count, size + 1, letters + 1), bool)
-    for row in range(count):
-        automaton = random_automaton(rng, letters=letters)
-        t = 0
-        while t <= size:
-            state = 0
-            for _ in range(int(rng.integers(1, word + 1))):
-                letter = int(rng.choice(np.flatnonzero(automaton.allowed[state])))
-                if t <= size:
-                    tokens[row, t] = 1 + letter
-                    accepted[row, t, 1:] = automaton.allowed[state]
-                t, state = t + 1, automaton.next[state, letter]
-            t += 1
+    rows, state = np.arange(count), np.zeros(count, int)
+    left = rng.integers(1, word + 1, size=count)
+    for t in range(size + 1):
+        edges = tables[rows, state]
+        # The largest of random numbers is one of the allowed letters, each as likely.
+        letter = np.argmax(rng.random(edges.shape) * (edges >= 0), axis=1)
+        inside = left > 0
+        tokens[:, t] = np.where(inside, 1 + letter, 0)
+        accepted[:, t, 1:] = (edges >= 0) & inside[:, None]
+        state = np.where(inside, edges[rows, letter], 0)
+        left = np.where(inside, left - 1, rng.integers(1, word + 1, size=count))
     targets = tokens[:, 1:]
     return Examples(tokens[:, :-1], targets, targets != 0, accepted[:, 1:])
 
@@ -314,10 +323,14 @@ TASKS = {
     "cycle": Task(cycle_navigation, 5, (1, 24), (24, 64, 128), 0.2),
     "s3": Task(_with(word_problem, n=3), 6, (1, 24), (24, 64, 128), 1 / 6),
     "s5": Task(_with(word_problem, n=5), 120, (1, 24), (24, 64, 128), 1 / 120),
+    # The state shows itself in a hundred and twenty answers: learnt late, and then whole.
+    "s5_swaps": Task(_with(word_problem, n=5, swaps=True), 120, (1, 24), (24, 64, 128), 1 / 120, effort=2),
     "copying": Task(copying, 17, (1, 24), (24, 48), 1 / 16),
     "selective_copying": Task(selective_copying, 18, (32, 32), (32, 64), 1 / 16),
     # Attention finds recall late, and then at once.
-    "mqar": Task(_with(mqar, vocab=64), 64, (8, 8), (8, 16), 1 / 32, effort=2.5),
+    "mqar": Task(_with(mqar, vocab=64), 64, (4, 16), (16, 24), 1 / 32, effort=5),
+    # As many pairs as a head has key channels, or more: what a state of fixed size can hold shows here.
+    "mqar_many": Task(_with(mqar, vocab=256, tokens_a_pair=4), 256, (8, 64), (64, 96), 1 / 128, effort=2.5),
     "k_hop": Task(k_hop, 9, (48, 48), (48, 96), 0.25),
     "in_context_language": Task(in_context_language, 19, (128, 128), (128, 256), 1 / 18),
     "addition_plain": Task(_with(addition, style="plain"), len(_CHARACTERS) + 1, (3, 3), (3, 4), 0.1),

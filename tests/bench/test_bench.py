@@ -1,6 +1,8 @@
 """The benchmarks at their smallest: what they measure is not asserted, that they measure and keep it is."""
 
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -115,6 +117,21 @@ def test_tasks_in_processes_train_the_same(tmp_path):
     assert [cell["mixer"] for cell in cells] == ["gla", "linear"]  # whichever is done first
     assert json.loads((tmp_path / "tasks.json").read_text())["cells"] == cells
     assert (cells[0]["loss"], cells[0]["accuracy"]) == (alone["loss"], alone["accuracy"])
+
+
+def test_processes_take_the_gpus_in_turn(monkeypatch):
+    assert tasks._gpu_names(3) == []
+    monkeypatch.setattr(tasks.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(tasks.jax, "local_device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert tasks._gpu_names(3) == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    names = multiprocessing.get_context("spawn").SimpleQueue()
+    names.put(tasks._gpu_names(2)[1])
+    tasks._take_gpu(names)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    tasks._take_gpu(names)  # none left: as it was
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
 
 
 SCALE = tasks.Scale(width=16, depth=1, batch=16, steps=60, learning_rate=1e-2, test_examples=32, pool=64)

@@ -1,5 +1,7 @@
 """Diagnostic tasks against definitions written out."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,19 @@ def test_word_problem_multiplies_on_the_right():
     # S_3 does not commute, so the order matters.
     tokens, targets, *_ = make("s5")
     assert len(np.unique(targets)) > 115
+
+
+def test_word_problem_of_swaps_exchanges_two_places_or_none():
+    elements = list(itertools.permutations(range(5)))
+    moved = [sum(i != x for i, x in enumerate(p)) for p in elements]
+    swaps = [p for p, n in zip(elements, moved, strict=True) if n <= 2]
+    tokens, targets, *_ = make("s5_swaps")
+    assert len(swaps) == 11 == len(np.unique(tokens))
+    for row in range(5):
+        product = (0, 1, 2, 3, 4)
+        for token, target in zip(tokens[row], targets[row], strict=True):
+            product = tuple(product[i] for i in swaps[token])
+            assert elements[target] == product
 
 
 def test_cycle():
