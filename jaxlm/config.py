@@ -149,5 +149,6 @@ def check_batch(config: RunConfig, mesh_shape: Mapping[str, int], batch_axes: tu
         )
     if config.data.sequence_length % mesh_shape["sequence"]:
         raise UserError(
-            f"mesh.sequence={mesh_shape['sequence']} does not divide data.sequence_length={config.data.sequence_length}"
+            f"mesh.sequence={mesh_shape['sequence']} does not divide data.sequence_length={config.data.sequence_length}; "
+            f"make the length a multiple of {mesh_shape['sequence']}"
         )

@@ -36,7 +36,6 @@ from jaxlm.ops.chunks import decay_products, halves, join, product, take_apart, 
 from jaxlm.ops.forms import choose
 from jaxlm.ops.ranges import check_log_decay, check_range
 from jaxlm.ops.segments import check_segment_ids, positions_in_runs, resets
-from jaxlm.parallel import sequence
 
 NORM_EPS = 1e-6
 Weights = dict[str, Array]
@@ -159,8 +158,6 @@ def _run(op, rule, q, k, v, rate, gates, weights, *, fresh, state, segment_ids, 
     token."""
     batch, length = q.shape[:2]
     check_segment_ids(segment_ids, (batch, length))
-    # Not affine in the state that enters, so XLA splits it, with gathers; but as for every op shards must divide it.
-    sequence.split(length)
     aligned = state is None and segment_ids is None
     given = fresh if state is None else jax.tree.map(lambda s, f: s.astype(f.dtype), state, fresh)
     fresh = fresh._replace(start=jax.tree.map(jnp.add, fresh.start, weights))

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.ops import kernels
+from jaxlm.parallel import sequence
 
 OPS = {
     "linear_attention": ("recurrent", "parallel", "chunked", "kernel"),
@@ -146,12 +147,14 @@ def choose(
 
     Raises:
       ValueError: for an op or a form that is not there, with those that are; for form="kernel" where the kernel cannot
-        run, with the reason.
+        run, with the reason; for tokens that the shards of the mesh's sequence axis do not divide.
     """
     if op not in OPS:
         raise ValueError(f"op={op!r} is not there; choose one of {', '.join(OPS)}")
     if form not in ("auto", *OPS[op]):
         raise ValueError(f"form={form!r} is not a form of {op}; choose auto or one of {', '.join(OPS[op])}")
+    # Forms that are not split natively XLA would pad in silence: shards divide the tokens of every form, or of none.
+    sequence.split(T)
     if form not in ("auto", "kernel"):
         return Choice(form, "asked for")
 

@@ -71,7 +71,8 @@ def shards() -> int:
 
 
 def split(length: int) -> bool:
-    """Whether a call on this many tokens is split: a single token (a decoding step) never is.
+    """Whether a call on this many tokens is split: a single token (a decoding step) never is. `ops.forms.choose` asks for
+    every op, whatever its form.
 
     Raises:
       ValueError: if the shards do not divide the tokens.

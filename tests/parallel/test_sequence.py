@@ -14,11 +14,12 @@ from jaxlm.layers.ffn import SwiGLUSettings
 from jaxlm.layers.mixers.attention import AttentionSettings
 from jaxlm.layers.mixers.delta import GatedDeltaNetSettings
 from jaxlm.models.language_model import LanguageModel, ModelSettings
-from jaxlm.ops.attention import attention
+from jaxlm.ops import forms
+from jaxlm.ops.attention import attention, init_attention_cache
 from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
-from jaxlm.ops.fast_weights import ttt_linear
+from jaxlm.ops.fast_weights import memora, moneta, ttt_linear, yaad
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.log_linear import LogLinearState, log_linear_attention
 from jaxlm.ops.logsumexp import running_logsumexp
@@ -329,18 +330,54 @@ def test_attention_sees_all_shards_before(window):
     assert (gathered >= B * T * 2 * K * 4) == (window != 3)
 
 
-@pytest.mark.parametrize("op", ["linear_attention", "log_linear_attention", "ttt_linear"])
+def of_twelve_tokens():
+    """A call without segment ids, whose `resets` would ask first, by the name of what has forms and of the op."""
+    q, gate, x, pair = jnp.zeros((1, 12, 1, 2)), jnp.zeros((1, 12, 1)), jnp.zeros((1, 12, 3)), jnp.zeros((3, 2, 2))
+    norm, inner = jnp.ones((1, 2)), {"w_in": jnp.zeros((1, 2, 4)), "w_out": jnp.zeros((1, 4, 2))}
+    miras = (q, q, q, q, q)
+    return {
+        "linear_attention": {"linear_attention": partial(linear_attention, q, q, q)},
+        "delta_rule": {"delta_rule": partial(delta_rule, q, q, q, gate)},
+        "dplr_delta_rule": {"dplr_delta_rule": partial(dplr_delta_rule, q, q, q, q, q, q)},
+        "attention": {
+            "attention": partial(attention, q, q, q),
+            "with a cache": partial(attention, q, q, q, cache=init_attention_cache(1, 16, 1, 2, jnp.float32)),
+        },
+        "diagonal_recurrence": {
+            "diagonal_recurrence": partial(diagonal_recurrence, jnp.zeros(3), x),
+            "diagonal_ssm": partial(diagonal_ssm, x, pair, pair),
+            "selective_scan": partial(selective_scan, x, x, jnp.zeros((3, 2)), jnp.zeros((1, 12, 2)), jnp.zeros((1, 12, 2))),
+        },
+        "log_linear_attention": {"log_linear_attention": partial(log_linear_attention, q, q, q, gate, jnp.ones((1, 12, 1, 5)))},
+        "ttt_linear": {
+            "ttt_linear": partial(
+                ttt_linear, q, q, q, gate, jnp.ones(4), {"w": jnp.zeros((1, 2, 2)), "b": norm}, norm, norm, chunk_size=4
+            )
+        },
+        "miras": {
+            "moneta": partial(moneta, *miras, inner, norm, norm),
+            "yaad": partial(yaad, *miras, gate, inner, norm, norm),
+            "memora": partial(memora, *miras, inner, norm, norm),
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", forms.OPS)
 def test_shards_that_do_not_divide_the_sequence_are_an_error(op):
-    q, gate = jnp.zeros((1, 12, 1, 2)), jnp.zeros((1, 12, 1))
-    norm, weights = jnp.ones((1, 2)), {"w": jnp.zeros((1, 2, 2)), "b": jnp.zeros((1, 2))}
-    calls = {
-        "linear_attention": lambda: linear_attention(q, q, q),
-        "log_linear_attention": lambda: log_linear_attention(q, q, q, gate, jnp.ones((1, 12, 1, 5))),
-        # Not split natively; XLA would pad them in silence.
-        "ttt_linear": lambda: ttt_linear(q, q, q, gate, jnp.ones(4), weights, norm, norm, chunk_size=4),
-    }
+    """In every form, those too that are not split natively: XLA would pad them in silence."""
+    for name, call in of_twelve_tokens()[op].items():
+        for form in ("auto", *forms.OPS[op]):
+            if form == "kernel" or (form == "fft" and name == "selective_scan"):
+                continue
+            with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):
+                call(form=form)
+
+
+def test_so_they_are_where_there_are_no_forms():
     with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):
-        calls[op]()
+        short_convolution(jnp.zeros((1, 12, 2)), jnp.zeros((2, 2)))
+    with use_mesh(mesh_of(8)), pytest.raises(ValueError, match=r"T=12 tokens do not divide over mesh.sequence=8"):
+        running_logsumexp(jnp.zeros((1, 12, 1, 2)), None, None)
 
 
 def test_a_convolution_wider_than_a_shard_is_an_error():

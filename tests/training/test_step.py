@@ -102,6 +102,10 @@ def test_clipping_scales_gradients_to_the_limit(tmp_path):
     [
         ({"mesh": {"data": 3}}, "asks for 3 devices but 8 are available"),
         ({"mesh": {"data": 8}, "data": {"batch_size": 12}}, r"batch_size=12 / train.accumulation=1 = 12 rows do not divide"),
+        (
+            {"mesh": {"data": 1, "sequence": 8}, "data": {"sequence_length": 36}},
+            "mesh.sequence=8 does not divide data.sequence_length=36; make the length a multiple of 8",
+        ),
         ({"mesh": {"tensor": 8}, "model": {"width": 36}}, "which tensor = 8 does not divide"),
         ({"model": {"vocab_size": 100}, "mesh": {"data": 8}}, "model.vocab_size=100 is smaller than the bytes tokenizer's"),
     ],
