@@ -113,7 +113,7 @@ CASES = {
     "minlstm": (MinLSTMSettings(chunk_size=4), 1, minlstm),
     "s4d": (S4DSettings(state=6, chunk_size=4), 1, s4d),
     "s4d, inv and bilinear": (S4DSettings(state=6, initialisation="inv", discretisation="bilinear", chunk_size=4), 1, s4d),
-    "s4d, real and fft": (S4DSettings(state=6, initialisation="real", fft=True, chunk_size=4), 1, s4d),
+    "s4d, real": (S4DSettings(state=6, initialisation="real", chunk_size=4), 1, s4d),
     "mamba": (MambaSettings(state=3, dt_rank=2, chunk_size=4), 1, mamba),
 }
 
@@ -265,20 +265,6 @@ def test_saturated_gates_have_finite_gradients(case):
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(p, 1e4 * tokens())
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradient[0]["output"]))
-
-
-def test_fft_is_used_only_where_nothing_resets_or_enters():
-    settings, index, _ = CASES["s4d, real and fft"]
-    module, _, _ = make(settings, index)
-    x = tokens()
-    uses_fft = lambda *args: " fft[" in str(jax.make_jaxpr(lambda m: m(x, *args))(module))  # noqa: E731
-    assert uses_fft()
-    assert not uses_fft(module.init_state(2, T, jnp.float32))
-    assert not uses_fft(None, SEGMENTS)
-    y, state = call(module, x)
-    other, other_state = call(module, x, module.init_state(2, T, jnp.float32))
-    np.testing.assert_allclose(y, other, rtol=0, atol=1e-5 * np.abs(y).max())
-    np.testing.assert_allclose(state["recurrent"], other_state["recurrent"], rtol=1e-5, atol=1e-5)
 
 
 def test_settings_that_cannot_be_are_named():

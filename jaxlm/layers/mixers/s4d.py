@@ -32,11 +32,6 @@ class S4DSettings(Schema):
     discretisation: Literal["zoh", "bilinear"] = Field("zoh", description="How continuous A and B become a step.")
     dt_min: float = Field(1e-3, gt=0, description="Smallest step size at the start.")
     dt_max: float = Field(0.1, gt=0, description="Largest step size at the start; between them log-uniform.")
-    fft: bool = Field(
-        False,
-        description="Convolve by FFT where no documents are packed and no state is carried: in calls from Python without "
-        "segment ids, not in training, whose rows have them. Later tokens then change the rounding of earlier outputs.",
-    )
     chunk_size: ChunkSize = 64
 
     @field_validator("state")
@@ -113,7 +108,6 @@ class S4D(nnx.Module):
             u, a, c,
             initial_state=None if state is None else state["recurrent"],
             segment_ids=segment_ids,
-            form="fft" if self.settings.fft and state is None and segment_ids is None else "auto",
             chunk_size=self.settings.chunk_size,
         )  # fmt: skip
         y = jax.nn.gelu(y + self.skip[...] * u, approximate=False).astype(x.dtype)
