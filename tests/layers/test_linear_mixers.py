@@ -15,6 +15,7 @@ from jaxlm.layers.mixers.gla import GLASettings
 from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.hgrn2 import HGRN2Settings
 from jaxlm.layers.mixers.lightnet import LightNetSettings
+from jaxlm.layers.mixers.linear import LinearSettings
 from jaxlm.layers.mixers.mamba2 import Mamba2Settings
 from jaxlm.layers.mixers.retention import RetentionSettings, head_log_decay
 from jaxlm.layers.mixers.rwkv7 import RWKV7Settings, RWKVChannelMixingSettings
@@ -142,6 +143,38 @@ def retention(p, s, x):
     return (rms(out, p["output"]["norm"]["scale"]).reshape(len(x), -1) * gate) @ p["output"]["project"]["kernel"]
 
 
+FEATURES = {
+    "identity": lambda x: x,
+    "elu1": lambda x: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+    "relu": lambda x: np.maximum(x, 0),
+    "squared_relu": lambda x: np.maximum(x, 0) ** 2,
+    "silu": silu,
+    "softmax": lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True),
+}
+
+
+def linear(p, s, x):
+    """The sum over pairs, without a state; with the normaliser, an average of values (eq. 9 of arXiv 2006.16236).
+    The norm of each head takes positive factors out again, but for its epsilon: small features show the normaliser."""
+    q, k, v = (x @ p["qkv"]["project"][name]["kernel"] for name in "qkv")
+    if s.convolution:
+        q, k, v = (convolve(y, p["qkv"]["convolve"][n]["weight"]) for n, y in zip("qkv", (q, k, v), strict=True))
+    q, k, v = (heads(y, s.heads) for y in (q, k, v))
+    q, k = FEATURES[s.feature_map](q), FEATURES[s.feature_map](k)
+    out = np.zeros_like(v)
+    for t, h in np.ndindex(len(x), s.heads):
+        weights = k[: t + 1, h] @ q[t, h]
+        if s.normalizer:
+            weights = weights / max(weights.sum(), 1e-300)
+        else:
+            weights = weights / np.sqrt(k.shape[2])
+        out[t, h] = weights @ v[: t + 1, h]
+    y = rms(out, p["output"]["norm"]["scale"]).reshape(len(x), -1)
+    if s.output_gate:
+        y = y * silu(x @ p["output"]["gate"]["kernel"])
+    return y @ p["output"]["project"]["kernel"]
+
+
 def gla(p, s, x):
     q, k, v = (heads(x @ p["qkv"]["project"][name]["kernel"], s.heads) for name in "qkv")
     gate = x @ p["gate_down"]["kernel"] @ p["gate_up"]["kernel"] + p["gate_up"]["bias"]
@@ -252,6 +285,15 @@ def rwkv_channels(p, s, x):
 
 RWKV_RANKS = {"decay_rank": 3, "rate_rank": 4, "value_rank": 2, "gate_rank": 5}
 CASES = {
+    "linear": (linear, LinearSettings(heads=2, chunk_size=4)),
+    "linear-identity": (linear, LinearSettings(heads=2, feature_map="identity", output_gate=True, chunk_size=4)),
+    "linear-silu": (
+        linear,
+        LinearSettings(heads=2, feature_map="silu", convolution=3, expand_k=0.5, expand_v=2.0, chunk_size=4),
+    ),
+    "linear-relu": (linear, LinearSettings(heads=2, feature_map="relu", normalizer=True, expand_k=2.0, chunk_size=4)),
+    "linear-squared-relu": (linear, LinearSettings(heads=2, feature_map="squared_relu", chunk_size=4)),
+    "linear-softmax": (linear, LinearSettings(heads=2, feature_map="softmax", normalizer=True, expand_v=0.5, chunk_size=4)),
     "gla": (gla, GLASettings(heads=2, gate_rank=3, chunk_size=4)),
     "gla-normalizer": (gla, GLASettings(heads=2, gate_rank=3, gate_normalizer=2.0, expand_k=1.0, expand_v=2.0, chunk_size=4)),
     "mamba2": (mamba2, Mamba2Settings(head_dim=8, state=6, groups=2, convolution=2, chunk_size=4)),
