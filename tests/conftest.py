@@ -14,6 +14,11 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU, and JAX_PLATFORMS=cuda,cpu")
+
+
 @pytest.fixture
 def x64():
     """Run one test in float64: the oracle's precision."""
