@@ -101,16 +101,29 @@ def hybrid(depth=5, **changes):
     )  # fmt: skip
 
 
+def samba(**changes):
+    """Mamba and windows by turns, each followed by a channel mixer (arXiv 2406.07522)."""
+    mixers = {"mamba": MIXERS["mamba"], "swa": AttentionSettings(heads=2, window=5, qk_norm=False)}
+    return ModelSettings(
+        vocab_size=VOCAB, width=32, depth=4, pattern=("mamba", "swa"), mixers=mixers, ffn=SwiGLUSettings(hidden=48), **changes
+    )
+
+
 def sambay(**changes):
-    """Differential attention throughout; the second half reads a memory and keys and values of the first."""
-    full = AttentionSettings(heads=4, kv_heads=2, differential=True, qk_norm=False, rope_base=None, produces="kv")
+    """As phi4-mini-flash: Mamba and windows, then blocks that read a memory and keys and values of the first half.
+    Differential attention throughout."""
+    attention = AttentionSettings(heads=4, kv_heads=2, differential=True, qk_norm=False, rope_base=None)
     mixers = {
         "mamba": MIXERS["mamba"], "memory": MIXERS["mamba"].model_copy(update={"produces": "memory"}),
-        "full": full, "gmu": GMUSettings(), "cross": CrossAttentionSettings(heads=4, differential=True),
+        "window": attention.model_copy(update={"window": 5}), "full": attention.model_copy(update={"produces": "kv"}),
+        "gmu": GMUSettings(), "cross": CrossAttentionSettings(heads=4, differential=True),
     }  # fmt: skip
-    stages = [{"pattern": ["mamba"]}, {"pattern": ["memory", "full"]}, {"pattern": ["gmu", "cross"], "repeat": 2}]
+    stages = [
+        {"pattern": ["mamba", "window"], "repeat": 2}, {"pattern": ["memory", "full"]},
+        {"pattern": ["gmu", "cross"], "repeat": 2},
+    ]  # fmt: skip
     return ModelSettings(
-        vocab_size=VOCAB, width=32, depth=7, pattern=None, stages=stages, mixers=mixers, ffn=SwiGLUSettings(hidden=48),
+        vocab_size=VOCAB, width=32, depth=10, pattern=None, stages=stages, mixers=mixers, ffn=SwiGLUSettings(hidden=48),
         **changes,
     )  # fmt: skip
 
@@ -161,14 +174,14 @@ def call(model, tokens, state=None, segment_ids=None):
     return model(tokens, state, segment_ids)
 
 
-MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "sambay": sambay, "yoco": yoco}
+MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "samba": samba, "sambay": sambay, "yoco": yoco}
 
 
 # One of each kind of state stays in the fast lane; its siblings' mathematics is tested with their layers there.
 SLOW = {
     "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
     "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "deltanet-negative",
-    "gdn2", "s4d-inv-bilinear", "s4d-real", "yoco",
+    "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco",
 }  # fmt: skip
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
 
@@ -228,12 +241,19 @@ def test_later_tokens_do_not_change_earlier_logits_by_one_bit(model):
 
 
 def test_prefill_stops_early_for_all_tokens_but_the_last(monkeypatch):
-    """SambaY: the cross-decoder and the full attention in front of it see one token, with the same logits and state."""
+    """SambaY: the cross-decoder and the full attention in front of it see one token, with the same logits and state, after
+    windows shorter than the prompt and than its documents."""
     model = build(sambay())
     x = tokens(LENGTH)
     segment_ids = jnp.asarray([[1] * 5 + [2] * 10, [0] * 15])
     expected, state = call(model, x, model.init_state(2, length=LENGTH), segment_ids)
-    monkeypatch.setattr(Attention, "exchange", lambda *_: pytest.fail("attention over all tokens"))
+    exchange = Attention.exchange
+
+    def windows_alone(self, *args):
+        assert self.settings.window is not None, "full attention over all tokens"
+        return exchange(self, *args)
+
+    monkeypatch.setattr(Attention, "exchange", windows_alone)
     lengths = []
     swiglu = SwiGLU.__call__
     monkeypatch.setattr(SwiGLU, "__call__", lambda self, x, *_: (lengths.append(x.shape[1]), swiglu(self, x))[1])
@@ -241,8 +261,8 @@ def test_prefill_stops_early_for_all_tokens_but_the_last(monkeypatch):
     got, got_state = prefill(model, x, model.init_state(2, length=LENGTH), segment_ids)
     np.testing.assert_allclose(got, expected[:, -1], atol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got_state, state)
-    # Mamba; Mamba with a memory; full attention; two stacked pairs of memory unit and cross-attention.
-    assert lengths == [LENGTH, LENGTH, 1, 1, 1]
+    # Stacked pairs of Mamba and window; Mamba with a memory; full attention; pairs of memory unit and cross-attention.
+    assert lengths == [LENGTH, LENGTH, LENGTH, 1, 1, 1]
 
 
 def test_stacked_blocks_equal_blocks_called_one_by_one():
