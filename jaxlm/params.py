@@ -17,7 +17,7 @@ from flax import nnx
 
 STACK_AXIS = "layers"
 
-# What a parameter does, as far as optimizers and parameterisations (muP, optimizers sheet 8.1) care.
+# What a parameter does, as far as optimizers and parameterisations such as muP care.
 ROLES = {
     "input": "embedding table: indexed, not multiplied; only its fan-out grows with width",
     "hidden": "matrix [..., in, out] between two widths that both grow",

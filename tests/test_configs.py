@@ -42,7 +42,7 @@ def test_nothing_golden_is_left_of_a_config_that_is_gone():
     assert sorted(json.loads((GOLDEN / "parameters.json").read_text())) == CONFIGS
 
 
-# Of papers, released models and the defaults of flash-linear-attention (sheet section 19). The README says which configs are
+# Of papers, released models and the defaults of flash-linear-attention. The README says which configs are
 # not among them.
 PUBLISHED = {
     "gla-340m": 341_707_776, "gla-1.3b": 1_365_514_240, "deltanet-340m": 341_594_112, "deltanet-1.3b": 1_365_677_056,
@@ -57,13 +57,13 @@ def test_published_sizes(name):
 
 
 def test_retnet_is_of_the_published_size_with_a_channel_mixer_twice_as_wide():
-    """Sheet section 19 has ratio 4; the config has 2, for its name's sake."""
+    """Counted with ratio 4, where the config has flash-linear-attention's 2."""
     config = load_config("retnet-1.3b", ["model.ffn.ratio=4.0"]).config
     assert parameter_count(config) == 1_766_963_200
 
 
 def test_phi4_mini_flash_has_the_published_size():
-    """Sheet 4.3: 3,339,955,200 weights beside the tied embedding; norms, attention's biases and lambdas come on top."""
+    """As released: 3,339,955,200 weights beside the tied embedding; norms, attention's biases and lambdas come on top."""
     infos = params.describe(abstract_model(load_config("phi4-mini-flash").config.model, jnp.float32))
     attention = ("norm", "vectors", "q.bias", "v.bias", "output.bias")
     weights = sum(i.size for name, i in params.leaves(infos) if i.role != "constant" and not any(a in name for a in attention))

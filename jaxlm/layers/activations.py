@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-# Feature maps of linear attention (sheet 2.5): what queries and keys pass through before the recurrence.
+# Feature maps of linear attention: what queries and keys pass through before the recurrence.
 FEATURE_MAPS = {
     "identity": lambda x: x,
     "elu1": lambda x: jax.nn.elu(x) + 1,

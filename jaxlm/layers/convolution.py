@@ -12,7 +12,7 @@ from jaxlm.params import param
 
 
 class ShortConvolution(nnx.Module):
-    """Causal depthwise convolution over the last few tokens followed by silu, restarting at documents (sheet 17)."""
+    """Causal depthwise convolution over the last few tokens followed by silu, restarting at documents."""
 
     def __init__(self, channels: int, width: int, *, axis: str | None, rngs: nnx.Rngs):
         bound = width**-0.5

@@ -310,7 +310,7 @@ def gla_1b():
 
 
 def test_published_parameter_counts():
-    """Sheet section 19: GLA 24 x 2048 untied and 24 x 1024 tied, vocabulary 32,000."""
+    """Of flash-linear-attention's layers: GLA 24 x 2048 untied and 24 x 1024 tied, vocabulary 32,000."""
     assert params_lib.count(params_lib.describe(abstract_model(gla_1b()))) == 1_365_514_240
     small = gla_1b().model_copy(update={"width": 1024, "tied_embedding": True})
     assert params_lib.count(params_lib.describe(abstract_model(small))) == 341_707_776

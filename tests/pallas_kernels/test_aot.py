@@ -113,7 +113,7 @@ def test_shared_memory_of_gpu_kernels_is_counted():
     assert found["delta_rule_forward"] == inputs + gates + 2 * 2 * state + 2 * tokens + saved
 
 
-def test_least_bytes_and_flops_are_those_of_the_method_sheet():
+def test_least_bytes_and_flops_are_those_of_the_formulas():
     shape = cases.Shape(B=1, T=1, H=1, K=128, V=128)
     assert cases.least_bytes("linear_attention", "forward", "scalar", shape) == 1028
     assert cases.least_bytes("linear_attention", "forward", "vector", shape) == 1536

@@ -53,7 +53,7 @@ class RetentionSettings(Schema):
 
 
 def head_log_decay(kind: Literal["retnet", "lightning"], heads: int, context: LayerContext) -> Float[Array, H]:
-    """Natural-log decay of every head (sheet 2.1)."""
+    """Natural-log decay of every head (RetNet; TransNormerLLM, as flash-linear-attention has it)."""
     head = jnp.arange(heads, dtype=jnp.float32)
     if kind == "retnet":
         return jnp.log1p(-(2.0 ** (-5 - head)))
