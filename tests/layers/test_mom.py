@@ -101,6 +101,7 @@ def memory(p, settings, x, shift, r):
     delta = rule in ("deltanet", "gated_deltanet", "kda")
     if delta:
         q, k, beta = unit(q), unit(k), sigmoid(x @ p["beta"]["kernel"][r]).reshape(len(x), heads, -1)
+        beta = 2 * beta if settings.negative_eigenvalues else beta
         write = beta if settings.gates == "head" else sigmoid(x @ p["write"]["kernel"][r]).reshape(v.shape)
     g = np.zeros((len(x), heads, 1))
     if rule == "retention":
@@ -180,6 +181,8 @@ RULES = {rule: {"rule": rule} for rule in typing.get_args(MoMSettings.model_fiel
 RULES["kda, gates of gdn2"] = {"rule": "kda", "gates": "channel"}
 CASES = {
     **RULES,
+    "deltanet, negative": {"rule": "deltanet", "negative_eigenvalues": True},
+    "kda, gates of gdn2, negative": {"rule": "kda", "gates": "channel", "negative_eigenvalues": True},
     "one of many, alone": {"rule": "gla", "memories": 5, "top_k": 1, "shared": False, "convolution": 0},
     "hgrn2, no convolution": {"rule": "hgrn2", "convolution": 0},
     "lightnet, no convolution": {"rule": "lightnet", "convolution": 0},
@@ -419,5 +422,7 @@ def test_input_that_does_not_fit_is_named():
         MoMSettings(memories=2, top_k=3)
     with pytest.raises(ValueError, match="gates=channel goes with rule=kda, not with rule=gla"):
         MoMSettings(rule="gla", gates="channel")
+    with pytest.raises(ValueError, match="negative_eigenvalues goes with rule=deltanet, gated_deltanet, kda, not .*=rwkv7"):
+        MoMSettings(rule="rwkv7", negative_eigenvalues=True)
     with pytest.raises(UserError, match="memories=5 are more than the 3 tokens of a row"):
         make(memories=5)(rows(3))

@@ -66,6 +66,11 @@ class MoMSettings(Schema):
         description="Write strength of kda: 'head' one a head; 'channel' an erase gate a key channel and a write gate a value "
         "channel (Gated DeltaNet-2, arXiv 2605.22791).",
     )
+    negative_eigenvalues: bool = Field(
+        False,
+        description="Write strengths of deltanet, gated_deltanet and kda (gates=channel: erase gates) in (0, 2): transitions "
+        "with eigenvalues in (-1, 1) (arXiv 2411.12537).",
+    )
     memories: int = Field(4, gt=0, description="Number of memories that the router chooses from.")
     top_k: int = Field(2, gt=0, description="Memories a token goes to.")
     shared: bool = Field(True, description="One more memory, to which all tokens go.")
@@ -93,6 +98,12 @@ class MoMSettings(Schema):
     def _gates_of_kda(self):
         if self.gates == "channel" and self.rule != "kda":
             raise ValueError(f"gates=channel goes with rule=kda, not with rule={self.rule}")
+        return self
+
+    @model_validator(mode="after")
+    def _eigenvalues_of_delta_rules(self):
+        if self.negative_eigenvalues and self.rule not in DELTA_RULES:
+            raise ValueError(f"negative_eigenvalues goes with rule={', '.join(DELTA_RULES)}, not with rule={self.rule}")
         return self
 
     @property
@@ -349,7 +360,7 @@ class MoM(nnx.Module):
             if rule == "mamba2":
                 tokens |= {"step": step, "skip": common(self.skip)}
         if self.beta is not None:
-            beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+            beta = (1 + settings.negative_eigenvalues) * jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
             tokens["beta"] = beta if self.write is None else self._heads(beta)
         if self.write is not None:
             tokens["write"] = self._heads(jax.nn.sigmoid(self.write(x).astype(jnp.float32)))
