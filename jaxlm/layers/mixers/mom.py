@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from pydantic import Field, model_validator
 
 from jaxlm.layers.convolution import ShortConvolution
@@ -19,21 +17,15 @@ from jaxlm.layers.mixers.common import ChunkSize, HeadOutput, LayerContext, Stat
 from jaxlm.layers.mixers.delta import l2_normalise
 from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.mamba2 import dt_bias
+from jaxlm.layers.mixers.mom_memories import DELTA_RULES, read_memories
 from jaxlm.layers.mixers.retention import head_log_decay
 from jaxlm.layers.mixers.rwkv7 import DECAY_BOUND, initial_channels, initial_mix, token_shift
-from jaxlm.ops.convolution import short_convolution
-from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
-from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.ops.segments import resets, run_index
-from jaxlm.parallel import sequence
 from jaxlm.parallel.context import constrain
 from jaxlm.params import param
 from jaxlm.schema import Schema, UserError
 
-DELTA_RULES = ("deltanet", "gated_deltanet", "kda")
-# Rules whose transition is a matrix, not a factor a key channel.
-MATRIX_RULES = (*DELTA_RULES, "rwkv7")
 # The log decay's projection: one number a head, or one a key channel through a low rank.
 SCALAR_GATES = ("simple_gla", "mamba2", "gated_deltanet")
 VECTOR_GATES = ("gla", "kda")
@@ -318,7 +310,7 @@ class MoM(nnx.Module):
         run = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else run_index(resets(segment_ids))
         taps = {name: convolution.weight[...] for name, convolution in self.convolve.items()}
         memory = None if state is None else {name: state[name] for name in ("recurrent", *taps)}
-        o, memory = _read_memories(settings, taps, tokens, (routed, chosen, run), weights, memory)
+        o, memory = read_memories(settings.rule, settings.chunk_size, taps, tokens, (routed, chosen, run), weights, memory)
         y = self.output(constrain(o, "batch", "sequence", "heads", None), x)
         return y, None if state is None else {**new_state, **memory}, auxiliary
 
@@ -406,282 +398,3 @@ def _running_softmax(
     # No state precedes what a memory gets first.
     log_decay = jnp.where(log_decay < NO_LOGIT / 2, 0, log_decay)
     return jnp.exp(masked - z).astype(logits.dtype), log_decay, z[:, -1]
-
-
-class _Groups(NamedTuple):
-    """Where tokens go: blocks of slots, and in each memory's consecutive blocks its tokens in their order.
-
-    Every memory has at least one block, the last one the blocks that nobody needs. Behind its tokens a memory's slots are
-    empty.
-    """
-
-    slot: Int[Array, "B T R"]  # of a token in a memory; S where it does not go
-    source: Int[Array, "B S"]  # t * R + r of the token and memory in a slot
-    filled: Bool[Array, "B S"]
-    ids: Int[Array, "B S"]  # run of the token in a slot; of the last token in empty ones
-    first: Int[Array, "B R"]  # block of each memory
-    memory: Int[Array, "B N"]  # whose a block is
-    count: Int[Array, "B R"]  # tokens of a memory
-
-    @property
-    def size(self) -> int:
-        """Slots a block."""
-        return self.source.shape[1] // self.memory.shape[1]
-
-    def gather(self, x: Float[Array, "B T R *X"] | Float[Array, "B T 1 *X"]) -> Float[Array, "B S *X"]:
-        """What tokens hold for their memory, or for all; empty slots get what some token holds."""
-        source = self.source // (self.slot.shape[2] // x.shape[2])
-        return _take(x.reshape(x.shape[0], -1, *x.shape[3:]), source)
-
-    def fill(self, x: Float[Array, "B S *X"]) -> Float[Array, "B S *X"]:
-        """x with zeros in the empty slots."""
-        return jnp.where(self.filled.reshape(*self.filled.shape, *[1] * (x.ndim - 2)), x, 0)
-
-    def blocks(self, x: Array) -> Array:
-        """[B, S, ..] as rows [B N, size, ..]."""
-        return x.reshape(-1, self.size, *x.shape[2:])
-
-    def begins(self) -> Bool[Array, "B N"]:
-        """Whether a block is its memory's first."""
-        return jnp.arange(self.memory.shape[1]) == _take(self.first, self.memory)
-
-    def fresh(self, run_before: Int[Array, "B 1"]) -> Bool[Array, "B N"]:
-        """Whether a document starts between a block and what its memory has before; `run_before` enters its first one."""
-        ids = self.ids.reshape(*self.memory.shape, self.size)
-        before = jnp.concatenate([run_before, ids[:, :-1, -1]], axis=1)
-        return ids[..., 0] != jnp.where(self.begins(), run_before, before)
-
-    def inputs_before(self, x, tail, run_before, memory, end, run) -> Float[Array, "B n P E"]:
-        """The P inputs of a memory before its token number `end`, zeros where they are not of the run `run`.
-
-        Args:
-          x: [B, S, E].
-          tail: [B, R, P, E], before the first token of each memory.
-          run_before: [B, 1], of the tail.
-          memory, end, run: [B, n].
-        """
-        batch, memories, past, channels = tail.shape
-        number = end[..., None] + jnp.arange(past) - past
-        slot = jnp.where(
-            number < 0,
-            memory[..., None] * past + past + number,
-            memories * past + _take(self.first, memory)[..., None] * self.size + number,
-        )
-        slot = slot.reshape(batch, end.shape[1] * past)
-        tails = tail.reshape(batch, memories * past, channels)
-        ids = jnp.concatenate([jnp.broadcast_to(run_before, tails.shape[:2]), self.ids], axis=1)
-        inputs = _take(jnp.concatenate([tails, x], axis=1), slot).reshape(*number.shape, channels)
-        mine = _take(ids, slot).reshape(number.shape) == run[..., None]
-        return jnp.where(mine[..., None], inputs, 0)
-
-
-def _take(x: Array, index: Int[Array, "B n"]) -> Array:
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
-def _group(routed: Int[Array, "B T R"], run: Int[Array, "B T"], visits: int, size: int) -> _Groups:
-    """Groups of blocks of `size` slots; one block a memory where it holds all T tokens."""
-    batch, length, memories = routed.shape
-    count = jnp.sum(routed, axis=1)
-    blocks = jnp.maximum(-(-count // size), 1)
-    first = jnp.cumsum(blocks, axis=1) - blocks
-    # At most this many: a token goes to `visits` memories, and each memory's last block has `size` empty slots or less.
-    number = min(memories * -(-length // size), length * visits // size + memories)
-    memory = jnp.sum(jnp.arange(number)[:, None] >= first[:, None], axis=2) - 1
-    slots = number * size
-    slot = jnp.where(routed > 0, first[:, None] * size + jnp.cumsum(routed, axis=1) - 1, slots)
-
-    pairs = length * memories
-    put = lambda slot: jnp.full(slots, pairs, jnp.int32).at[slot].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop")  # noqa: E731
-    source = jax.vmap(put)(slot.reshape(batch, pairs))
-    filled, source = source < pairs, jnp.minimum(source, pairs - 1)
-    # The last token's run, so that a memory that it does not visit ends without a state.
-    ids = jnp.where(filled, _take(run, source // memories), run[:, -1:])
-    return _Groups(slot, source, filled, ids, first, memory, count)
-
-
-def _read_memories(
-    settings: MoMSettings, taps: dict, tokens: dict, routing: tuple, weights: Float[Array, "B T X"], state: State | None
-) -> tuple[Float[Array, "B T H V"], State]:
-    """Outputs of all tokens, and the states of convolutions and recurrences if they came with one.
-
-    Args:
-      taps: of the convolutions [W, H X], by the name of what they are for.
-      tokens: as `MoM._tokens` gives them.
-      routing: routed [B, T, R], 1 where a token goes to a memory; chosen [B, T, X], the memories that it goes to; run
-        [B, T], the index of its document.
-      weights: of the chosen memories' outputs.
-    """
-    batch, length, heads = *weights.shape[:2], settings.heads
-    if not sequence.split(length):
-        return _read_span(settings, False, taps, tokens, routing, weights, state)
-    # Channels of convolutions go where their heads go.
-    apart = lambda x: x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # noqa: E731
-    flat = lambda x: x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))  # noqa: E731
-    taps = {name: apart(x) for name, x in taps.items()}
-    states = ("batch", None, "heads", None, None)
-    state_axes = None
-    if state is not None:
-        state = {name: apart(x) if name in taps else x for name, x in state.items()}
-        state_axes = {name: ("batch", None, None, "heads", None) if name in taps else states for name in state}
-    per_token = ("batch", sequence.AXIS)
-    token_axes = {name: (*per_token, None, "heads", *[None] * (x.ndim - 4)) for name, x in tokens.items()}
-
-    def local(taps, tokens, routing, weights, state):
-        old = None if state is None else {name: flat(x) if name in taps else x for name, x in state.items()}
-        o, new = _read_span(settings, True, {name: flat(x) for name, x in taps.items()}, tokens, routing, weights, old)
-        return o, {name: x.reshape(state[name].shape) for name, x in new.items()}
-
-    o, new = sequence.shard_map(
-        local, {"batch": batch, sequence.AXIS: length, "heads": heads},
-        (dict.fromkeys(taps, (None, "heads", None)), token_axes, (per_token,) * 3, per_token, state_axes),
-        ((*per_token, "heads", None), state_axes or {}), taps, tokens, routing, weights, state,
-    )  # fmt: skip
-    return o, {name: flat(x) if name in taps else x for name, x in new.items()}
-
-
-def _read_span(settings: MoMSettings, shard: bool, taps, tokens, routing, weights, state) -> tuple[Array, State]:
-    """`_read_memories` of whole rows, or of a shard's span of them inside `sequence.shard_map`."""
-    routed, chosen, run = routing
-    batch, length, memories = routed.shape
-    size = min(settings.chunk_size, 1 << (length - 1).bit_length())
-    if shard:
-        # Every block has its states in memory: longer ones, while the empty slots behind a memory's tokens are few.
-        size = max(size, (1 << (length // (4 * memories)).bit_length()) // 2)
-    elif state is not None:
-        size = length
-    groups = _group(routed, run, chosen.shape[2], size)
-    run_before = jnp.zeros_like(run[:, :1])
-    if shard:
-        run_before = sequence.halo(run, run_before)
-    place = lambda x: constrain(x, "batch", None, "heads", *[None] * (x.ndim - 3))  # noqa: E731
-    values = {name: place(groups.gather(x)) for name, x in tokens.items()}
-    new_state = {}
-
-    for name, weight in taps.items():
-        inputs = values[name].reshape(batch, groups.source.shape[1], -1)
-        tail = jnp.zeros((batch, memories, weight.shape[0] - 1, inputs.shape[-1]), inputs.dtype)
-        tail = tail if state is None else state[name].astype(inputs.dtype)
-        y, new_state[name] = _convolve(shard, inputs, weight, tail, groups, run_before, run[:, -1:])
-        values[name] = place(y.reshape(values[name].shape))
-
-    v = values["v"]
-    skip = values.pop("skip", None)
-    if "step" in values:
-        values["v"] = (values.pop("step")[..., None] * v).astype(v.dtype)
-    if settings.rule in DELTA_RULES:
-        values |= {name: l2_normalise(values[name]) for name in ("q", "k")}
-    values = {name: x if name in ("q", "a") else groups.fill(x) for name, x in values.items()}
-    if state is None and not shard:
-        # Memories follow each other in one row as documents do.
-        ids = groups.ids * memories + jnp.repeat(groups.memory, size, axis=1)
-        o, _ = _recur(settings.rule, size, values, ids, None)
-    else:
-        rows = {name: groups.blocks(x) for name, x in values.items()}
-        run_op = partial(_recur, settings.rule, settings.chunk_size, ids=groups.blocks(groups.ids))
-        fresh = groups.fresh(run_before)[..., None, None, None]
-        entering = None if state is None else state["recurrent"]
-        last = None
-        if shard:
-            matrix = settings.rule in MATRIX_RULES
-            entering, last = _entering_states(run_op, matrix, rows, groups, fresh, run[:, -1:], entering)
-        # A document that starts with a block, or between it and what its memory has before, drops the state.
-        entering = jnp.where(fresh, 0, entering)
-        o, leaving = run_op(rows, initial=entering.reshape(-1, *entering.shape[2:]))
-        new_state["recurrent"] = last if shard else leaving.reshape(entering.shape)
-    o = o.reshape(v.shape)
-    if skip is not None:
-        o = o + (skip[..., None] * v).astype(o.dtype)
-
-    # A token's outputs, one a memory it went to, weighted.
-    slot = jnp.take_along_axis(groups.slot, chosen, axis=2).reshape(batch, -1)
-    o = _take(o, slot).reshape(*chosen.shape, *o.shape[2:])
-    o = jnp.einsum("btrhv,btr->bthv", o.astype(jnp.float32), weights, precision="highest")
-    if state is None:
-        return o, {}
-    return o, {name: x.astype(state[name].dtype) for name, x in new_state.items()}
-
-
-def _convolve(
-    shard: bool, inputs: Float[Array, "B S E"], weight: Float[Array, "W E"], tail: Float[Array, "B R P E"],
-    groups: _Groups, run_before: Int[Array, "B 1"], last_run: Int[Array, "B 1"],
-) -> tuple[Float[Array, "B N L E"], Float[Array, "B R P E"]]:  # fmt: skip
-    """The short convolution of every block, and each memory's last P = W - 1 inputs; `tail` are those before the row.
-
-    The tails that enter a shard come by the mechanism of all states. A memory may get fewer than P tokens on a shard, so
-    that its tail spans several: of P inputs those of the shard are what is written, and the transition moves the ones
-    before them by as many places; or drops them, where the document has changed.
-    """
-    memories, past, channels = tail.shape[1:]
-    each = jnp.arange(memories)[None]
-    last_inputs = lambda tail: groups.inputs_before(inputs, tail, run_before, each, groups.count, last_run)  # noqa: E731
-    if shard:
-        old, new = jnp.arange(past), jnp.arange(past)[:, None]
-        moved = (old == new + groups.count[..., None, None]) & (run_before == last_run)[..., None, None]
-        written = last_inputs(jnp.zeros_like(tail))
-        tail, last = sequence.prefix(sequence.apply_matrix, moved.astype(tail.dtype), written, tail)
-    else:
-        last = last_inputs(tail)
-    begin = (jnp.arange(groups.memory.shape[1]) - _take(groups.first, groups.memory)) * groups.size
-    run = groups.ids.reshape(*begin.shape, groups.size)[..., 0]
-    before = groups.inputs_before(inputs, tail, run_before, groups.memory, begin, run)
-    y, _ = short_convolution(
-        groups.blocks(inputs), weight.astype(inputs.dtype), state=before.reshape(groups.memory.size, past, channels),
-        segment_ids=groups.blocks(groups.ids), activation="silu",
-    )  # fmt: skip
-    return y, last
-
-
-def _entering_states(
-    run: Callable, matrix: bool, rows: dict[str, Array], groups: _Groups, fresh: Bool[Array, "B N 1 1 1"],
-    last_run: Int[Array, "B 1"], state: Float[Array, "B R H K V"] | None,
-) -> tuple[Float[Array, "B N H K V"], Float[Array, "B R H K V"]]:  # fmt: skip
-    """The states that enter a shard's blocks, and those of all memories after the last shard.
-
-    A block makes M s + N of the state s that enters it: N is what it writes from nothing, M what it makes of the identity
-    when it writes nothing. Products over each memory's blocks make a shard an affine map of the memories' states, as it
-    is of one state in other recurrences.
-    """
-    v = rows["v"]
-    size = rows["k"].shape[-1]
-    _, written = run(rows, initial=None)
-    identity = jnp.eye(size, dtype=written.dtype) if matrix else jnp.ones((size, 1), written.dtype)
-    nothing = jnp.zeros((*v.shape[:-1], identity.shape[-1]), v.dtype)
-    silent = rows | {name: nothing.astype(rows[name].dtype) for name in ("v", "write") if name in rows}
-    _, transition = run(silent, initial=jnp.broadcast_to(identity, (*written.shape[:2], *identity.shape)))
-    apply = sequence.apply_matrix if matrix else jnp.multiply
-    written, transition = (x.reshape(*groups.memory.shape, *x.shape[1:]) for x in (written, transition))
-    transition = jnp.where(fresh, 0, transition)
-    begins = groups.begins()[..., None, None, None]
-
-    def step(carry, block):
-        begins, transition, written = block
-        before, state = carry
-        before = jnp.where(begins, transition, apply(transition, before))
-        state = jnp.where(begins, written, apply(transition, state) + written)
-        return (before, state), carry
-
-    blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (begins, transition, written))
-    start = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), (transition, written))
-    end, before = jax.lax.scan(step, start, blocks)
-    # From the memory's first block on: up to each block, and after its last.
-    before = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), before)
-    after = jax.tree.map(lambda x, end: jnp.concatenate([x, end[:, None]], axis=1), before, end)
-    next_first = jnp.pad(groups.first[:, 1:], ((0, 0), (0, 1)), constant_values=groups.memory.shape[1])
-    # The last document may not visit a memory, whose slots may all be filled: no empty one then, which drops the state.
-    ended = (_take(groups.ids, next_first * groups.size - 1) != last_run)[..., None, None, None]
-    whole = jax.tree.map(lambda x: jnp.where(ended, 0, _take(x, next_first)), after)
-    if state is None:
-        state = jnp.zeros_like(whole[1])
-    entering, last = sequence.prefix(apply, *whole, state)
-    entering = _take(entering, groups.memory)
-    return jnp.where(begins, entering, apply(before[0], entering) + before[1]), last
-
-
-def _recur(
-    rule: str, chunk_size: int, values: dict[str, Array], ids: Int[Array, "N L"], initial: Float[Array, "N H K V"] | None
-) -> tuple[Float[Array, "N L H V"], Float[Array, "N H K V"]]:
-    """The op of a rule on rows."""
-    op = dplr_delta_rule if rule == "rwkv7" else delta_rule if rule in DELTA_RULES else linear_attention
-    scale = {"scale": 1.0} if rule in ("mamba2", "rwkv7") else {}
-    return op(**values, **scale, initial_state=initial, segment_ids=ids, chunk_size=chunk_size)
