@@ -303,8 +303,8 @@ def _convolve(kernel, x):
 
 def _powers(a, count: int, multiply):
     """[count, ..]: 1, a, a^2, .. by doubling; log2(count) products of whole blocks."""
-    # a^0 = 1: of a pair (real, imaginary) only the first is one.
-    one = jnp.ones_like(a) if multiply is jnp.multiply else jnp.ones_like(a).at[..., 1, :].set(0)
+    # a^0 = 1.
+    one = jnp.ones_like(a) if multiply is jnp.multiply else _one(a)
     powers, top = one[None], a
     while powers.shape[0] < count:
         powers = jnp.concatenate([powers, multiply(powers, top)])
@@ -316,9 +316,14 @@ def _powers(a, count: int, multiply):
 # matrix products with twice the columns. A pair is the axis before the last, [.., 2, N].
 
 
-def _times(x: Float[Array, "*X 2 N"], y: Float[Array, "*Y 2 N"]) -> Float[Array, "*Z 2 N"]:
+def pair_product(x: Float[Array, "*X 2 N"], y: Float[Array, "*Y 2 N"]) -> Float[Array, "*Z 2 N"]:
     (x_re, x_im), (y_re, y_im) = (x[..., 0, :], x[..., 1, :]), (y[..., 0, :], y[..., 1, :])
     return jnp.stack([x_re * y_re - x_im * y_im, x_re * y_im + x_im * y_re], axis=-2)
+
+
+def _one(like: Float[Array, "*X 2 N"]) -> Float[Array, "*X 2 N"]:
+    """1 as pairs: only the first of a pair is one."""
+    return jnp.ones_like(like).at[..., 1, :].set(0)
 
 
 def _conjugate(x: Float[Array, "*X 2 N"]) -> Float[Array, "*X 2 N"]:
@@ -372,7 +377,7 @@ def diagonal_ssm(
             lambda inputs, reset, state: run_ssm(*inputs, reset, state, form="chunked", chunk_size=chunk_size),
             lambda inputs, reset: ssm_transition(inputs[1], reset, inputs[0].shape[1]),
             (u, a, c), ((*_TOKENS, "heads"), states, states), (*_TOKENS, "heads"), states, u.shape[1], reset,
-            _start(initial_state, (u.shape[0], *a.shape), u, a, c), apply=_times, transpose=_conjugate,
+            _start(initial_state, (u.shape[0], *a.shape), u, a, c), apply=pair_product, transpose=_conjugate,
         )  # fmt: skip
         return y.astype(u.dtype), final_state
     form = choose("diagonal_recurrence", form, T=u.shape[1], dtype=u.dtype, read_out=True).form
@@ -389,60 +394,67 @@ def run_ssm(
     *,
     form: str,
     chunk_size: int = 64,
+    lengths: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D 2 N"]]:
-    """`diagonal_ssm` with resets for segment ids: where True, h_{t-1} is dropped, at token 0 too."""
-    if form == "fft" and (reset is not None or state is not None):
-        raise ValueError('form="fft" takes neither initial_state nor segment_ids; use form="chunked"')
+    """`diagonal_ssm` with resets for segment ids: where True, h_{t-1} is dropped, at token 0 too.
+
+    Each row has as many tokens as `lengths` says, T if None. What stands behind them must have u = 0; it does not decay the
+    state, which a reset there still drops.
+    """
+    if form == "fft" and (reset is not None or state is not None or lengths is not None):
+        raise ValueError('form="fft" takes neither initial_state nor segment_ids nor lengths; use form="chunked"')
     precise = _precise(u, a, c, state)
     u, a, c = (x.astype(precise) for x in (u, a, c))
     state = jnp.zeros((u.shape[0], *a.shape), precise) if state is None else state.astype(precise)
     if form == "recurrent":
-        return _ssm_recurrent(u, a, c, reset, state)
-    return _ssm_chunked(
-        u, a, c, reset, state, 1 << (u.shape[1] - 1).bit_length() if form == "parallel" else chunk_size, fft=form == "fft"
-    )
+        return _ssm_recurrent(u, a, c, reset, state, lengths)
+    size = 1 << (u.shape[1] - 1).bit_length() if form == "parallel" else chunk_size
+    return _ssm_chunked(u, a, c, reset, state, lengths, size, fft=form == "fft")
 
 
 def ssm_transition(
-    a: Float[Array, "D 2 N"], reset: Bool[Array, "B T"] | None, length: int
+    a: Float[Array, "D 2 N"], reset: Bool[Array, "B T"] | None, length: int, lengths: Int[Array, " B"] | None = None
 ) -> Float[Array, "B D 2 N"] | Float[Array, "1 D 2 N"]:
-    """M of `run_ssm` over `length` tokens, a^length or 0: pairs, to be multiplied as complex numbers."""
-    power, square = None, a.astype(_precise(a))
-    while length:
-        if length & 1:
-            power = square if power is None else _times(power, square)
-        square = _times(square, square)
-        length >>= 1
-    return _unless_reset(power[None], reset)
+    """M of `run_ssm` over `length` tokens, of which a row has `lengths`: the power of a, or 0; pairs, to be multiplied as
+    complex numbers."""
+    square = a.astype(_precise(a))
+    power = _one(square)[None]
+    lengths = jnp.full(1, length) if lengths is None else lengths
+    for bit in range(length.bit_length()):
+        power = jnp.where(_over(lengths >> bit & 1, 4) == 1, pair_product(power, square), power)
+        square = pair_product(square, square)
+    return _unless_reset(power, reset)
 
 
-def _ssm_recurrent(u, a, c, reset, state):
+def _ssm_recurrent(u, a, c, reset, state, lengths):
     """The definition, one token a step."""
 
     def step(h, token):
-        u, reset = token
+        u, reset, counts = token
         if reset is not None:
             h = jnp.where(reset[:, None, None, None], 0, h)
-        h = _times(a, h)
-        h = h.at[..., 0, :].add(u[..., None])
+        after = pair_product(a, h)
+        after = after.at[..., 0, :].add(u[..., None])
+        h = after if counts is None else jnp.where(counts[:, None, None, None], after, h)
         return h, jnp.sum(_conjugate(c) * h, axis=(-2, -1))
 
+    counts = None if lengths is None else jnp.arange(u.shape[1]) < lengths[:, None]
     if u.shape[1] == 1:
-        state, y = step(state, (u[:, 0], None if reset is None else reset[:, 0]))
+        state, y = step(state, jax.tree.map(lambda x: x[:, 0], (u, reset, counts)))
         return y[:, None], state
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, reset))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (u, reset, counts))
     state, y = lax.scan(step, state, tokens)
     return jnp.moveaxis(y, 0, 1), state
 
 
-def _ssm_chunked(u, a, c, reset, state, size: int, *, fft: bool):
+def _ssm_chunked(u, a, c, reset, state, lengths, size: int, *, fft: bool):
     """y = Toeplitz(k) u + (c a^{i+1}) h within a chunk that h enters, k_l = Re sum_n c_n a_n^l; h <- a^C h + sum a^.. u."""
     einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
     length = u.shape[1]
     size = min(size, 1 << (length - 1).bit_length())
     chunks = math.ceil(length / size)
     last = length - (chunks - 1) * size
-    powers = _powers(a, size + 1, _times)
+    powers = _powers(a, size + 1, pair_product)
     blocks = _rows(u, size)
 
     # What reaches a chunk's end, and how far into the chunk its entering state does.
@@ -457,7 +469,7 @@ def _ssm_chunked(u, a, c, reset, state, size: int, *, fft: bool):
 
     def step(h, chunk):
         write, passes = chunk
-        through = _times(powers[size], h)
+        through = pair_product(powers[size], h)
         if passes is not None:
             through = jnp.where(passes[:, None, None, None], through, 0)
         return through + write, h
@@ -465,17 +477,20 @@ def _ssm_chunked(u, a, c, reset, state, size: int, *, fft: bool):
     state, entering = lax.scan(step, state, (writes, passes))
     entering = jnp.concatenate([entering, state[None]])
     # The last chunk may be shorter: nothing decays after its last token.
-    final = _times(powers[last], state)
-    if reset is not None:
-        final = jnp.where(reached[:, -1, -1, None, None, None], final, 0)
-    final = final + einsum("bjd,jdsn->bdsn", kept[:, -1, :last], powers[:last][::-1])
+    if lengths is None:
+        final = pair_product(powers[last], state)
+        if reset is not None:
+            final = jnp.where(reached[:, -1, -1, None, None, None], final, 0)
+        final = final + einsum("bjd,jdsn->bdsn", kept[:, -1, :last], powers[:last][::-1])
+    else:
+        final = _final_of_lengths(lengths, blocks, powers, entering, reset)
 
     if fft:
-        starts = _times(c, _powers(powers[size], chunks, _times))
+        starts = pair_product(c, _powers(powers[size], chunks, pair_product))
         kernel = einsum("mdsn,jdsn->mjd", _conjugate(starts), powers[:-1])
         return _convolve(kernel.reshape(1, -1, u.shape[2])[:, :length], u), final
 
-    reads = einsum("idsn,mbdsn->bmid", _conjugate(_times(c, powers[1:])), entering)
+    reads = einsum("idsn,mbdsn->bmid", _conjugate(pair_product(c, powers[1:])), entering)
     taps = einsum("dsn,ldsn->ld", _conjugate(c), powers[:-1])
     if reset is None:
         lag = jnp.arange(size)[:, None] - jnp.arange(size)
@@ -484,6 +499,28 @@ def _ssm_chunked(u, a, c, reset, state, size: int, *, fft: bool):
     else:
         y = _within_runs(taps, blocks, runs) + jnp.where(reached[..., None], reads, 0)
     return y.reshape(u.shape[0], -1, u.shape[2])[:, :length], final
+
+
+def _final_of_lengths(
+    lengths: Int[Array, " B"], blocks: Float[Array, "B M C D"], powers: Float[Array, "C+1 D 2 N"],
+    entering: Float[Array, "M B D 2 N"], reset: Bool[Array, "B T"] | None,
+) -> Float[Array, "B D 2 N"]:  # fmt: skip
+    """The state after each row's last token, from the state that enters the chunk of this token."""
+    rows, size = jnp.arange(lengths.shape[0]), blocks.shape[2]
+    chunk = jnp.maximum(lengths - 1, 0) // size
+    last = lengths - chunk * size
+    # Its tokens moved to the chunk's end.
+    source = jnp.arange(size) - size + last[:, None]
+    u = jnp.where(source[..., None] < 0, 0, blocks[rows[:, None], chunk[:, None], jnp.maximum(source, 0)])
+    h = pair_product(powers[last], entering[chunk, rows])
+    if reset is not None:
+        # A token, and what enters, reaches the end if no reset comes later.
+        later = jnp.sum(reset, axis=1, keepdims=True) - lax.cumsum(reset.astype(jnp.int32), axis=1)
+        later = _rows(later, size)[rows[:, None], chunk[:, None], jnp.maximum(source, 0)]
+        u = jnp.where((later == 0)[..., None], u, 0)
+        none = ~jnp.any(reset & (jnp.arange(reset.shape[1]) >= (chunk * size)[:, None]), axis=1)
+        h = jnp.where(_over(none, 4), h, 0)
+    return h + jnp.einsum("bjd,jdsn->bdsn", u, powers[size - 1 :: -1], precision=lax.Precision.HIGHEST)
 
 
 def _within_runs(taps: Float[Array, "C D"], u: Float[Array, "B M C D"], runs: Int[Array, "B M C"]) -> Float[Array, "B M C D"]:

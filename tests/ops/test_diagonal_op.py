@@ -94,6 +94,30 @@ def test_a_piece_is_its_transition_and_what_it_leaves_from_zeros(name, form):
             assert np.abs(out[1] - out_0[1]).max() > 0.01
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("form", ["chunked", "recurrent"])
+def test_rows_that_end_earlier_leave_the_state_of_their_last_token(form, packed):
+    """Rows of all lengths from 0 to T, with what the transition says of them."""
+    arrays, state = make("ssm")
+    lengths, state = np.arange(T + 1), state[:1].repeat(T + 1, 0)
+    u = np.where(np.arange(T)[:, None] < lengths[:, None, None], arrays["u"][:1], 0)
+    reset = np.isin(np.arange(T), (2, 3, 9))[None].repeat(T + 1, 0) if packed else None
+    options = {"form": form, "chunk_size": C, "lengths": lengths}
+    run = jax.jit(lambda state: diagonal.run_ssm(u, arrays["a"], arrays["c"], reset, state, **options))
+    (y, final), (_, written) = run(state), run(np.zeros_like(state))
+    m = diagonal.ssm_transition(arrays["a"], reset, T, jnp.asarray(lengths))
+    assert_close(pairs_as_complex(final), pairs_as_complex(m) * pairs_as_complex(state) + pairs_as_complex(written))
+
+    a, c, h = *(pairs_as_complex(arrays[name]) for name in ("a", "c")), pairs_as_complex(state)
+    for t in range(T):
+        h = 0 * h if packed and reset[0, t] else h
+        counts = (t < lengths)[:, None]
+        h = np.where(counts[..., None], a * h + u[:, t, :, None], h)
+        assert_close(np.where(counts, y[:, t], 0), np.where(counts, (c * h).sum(-1).real, 0))
+    assert_close(pairs_as_complex(final), h)
+
+
 def every_equation(jaxpr):
     """In loops and calls too."""
     for equation in jaxpr.eqns:
