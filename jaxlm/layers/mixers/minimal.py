@@ -65,7 +65,8 @@ class _Minimal(nnx.Module):
         )
         self.output = Dense(self.size, context.width, axes=("heads", "embed"), gain=context.output_gain, rngs=rngs)
 
-    def forget_logit(self, gates: dict[str, Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
+    @staticmethod
+    def forget_logit(gates: dict[str, Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
         raise NotImplementedError
 
     def __call__(
@@ -92,7 +93,8 @@ class MinGRU(_Minimal):
 
     gates: ClassVar[tuple[str, ...]] = ("update",)
 
-    def forget_logit(self, gates: dict[str, Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
+    @staticmethod
+    def forget_logit(gates: dict[str, Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
         return -gates["update"]
 
 
@@ -102,6 +104,7 @@ class MinLSTM(_Minimal):
 
     gates: ClassVar[tuple[str, ...]] = ("forget", "input")
 
-    def forget_logit(self, gates: dict[str, Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
+    @staticmethod
+    def forget_logit(gates: dict[str, Float[Array, "B T D"]]) -> Float[Array, "B T D"]:
         # f / (f + i) = sigmoid(log f - log i).
         return jax.nn.log_sigmoid(gates["forget"]) - jax.nn.log_sigmoid(gates["input"])

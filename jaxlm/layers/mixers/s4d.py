@@ -55,27 +55,25 @@ def initial_rates(initialisation: str, state: int) -> Float[Array, "2 N/2"]:
     return jnp.stack([jnp.full_like(n, 0.5), imaginary])
 
 
-class S4D(nnx.Module):
-    """x' = A x + u, y = 2 Re(C x) + D u in each channel, discretised with its own step dt; then W GELU(y) with a GLU.
+class S4DFilter(nnx.Module):
+    """x' = A x + u, y = 2 Re(C x) + D u in each channel, discretised with its own step dt.
 
     A = -exp(log_a_real) + i a_imag, B = 1. Rates and step sizes are "dynamics" (no weight decay; the paper trains them
     with a smaller learning rate); C, the filter's weights, is a depthwise "convolution".
     """
 
-    def __init__(self, settings: S4DSettings, context: LayerContext, *, rngs: nnx.Rngs):
+    def __init__(self, settings: S4DSettings, channels: int, *, rngs: nnx.Rngs):
         self.settings = settings
-        width, pairs = context.width, settings.state // 2
+        pairs = settings.state // 2
         low, high = math.log(settings.dt_min), math.log(settings.dt_max)
-        self.log_dt = param(jax.random.uniform(rngs.params(), (width,), minval=low, maxval=high), ("heads",), "dynamics")
+        self.log_dt = param(jax.random.uniform(rngs.params(), (channels,), minval=low, maxval=high), ("heads",), "dynamics")
         real, imaginary = initial_rates(settings.initialisation, settings.state)
-        self.log_a_real = param(jnp.tile(jnp.log(real), (width, 1)), ("heads", None), "dynamics")
-        self.a_imag = param(jnp.tile(imaginary, (width, 1)), ("heads", None), "dynamics")
+        self.log_a_real = param(jnp.tile(jnp.log(real), (channels, 1)), ("heads", None), "dynamics")
+        self.a_imag = param(jnp.tile(imaginary, (channels, 1)), ("heads", None), "dynamics")
         # Complex standard normal: real and imaginary parts of variance 1/2.
-        self.c = param(0.5**0.5 * jax.random.normal(rngs.params(), (width, 2, pairs)), ("heads", None, None), "convolution")
-        self.skip = param(jax.random.normal(rngs.params(), (width,)), ("heads",), "dynamics")
-        self.output = Dense(
-            width, 2 * width, axes=("heads", "embed"), bias=True, gain=context.output_gain, rngs=rngs
-        )  # fmt: skip
+        c = 0.5**0.5 * jax.random.normal(rngs.params(), (channels, 2, pairs))
+        self.c = param(c, ("heads", None, None), "convolution")
+        self.skip = param(jax.random.normal(rngs.params(), (channels,)), ("heads",), "dynamics")
 
     def discretise(self) -> tuple[Float[Array, "D 2 N/2"], Float[Array, "D 2 N/2"]]:
         """The factor Abar and the read-out 2 C Bbar of one step, as pairs (real, imaginary).
@@ -98,6 +96,17 @@ class S4D(nnx.Module):
         c_real, c_imag = self.c[..., 0, :], self.c[..., 1, :]
         read = c_real * b[0] - c_imag * b[1], c_real * b[1] + c_imag * b[0]
         return jnp.stack(a, axis=1), 2 * jnp.stack(read, axis=1)
+
+
+class S4D(S4DFilter):
+    """W y of `S4DFilter`'s y after GELU, with a gated linear unit over channels."""
+
+    def __init__(self, settings: S4DSettings, context: LayerContext, *, rngs: nnx.Rngs):
+        super().__init__(settings, context.width, rngs=rngs)
+        width = context.width
+        self.output = Dense(
+            width, 2 * width, axes=("heads", "embed"), bias=True, gain=context.output_gain, rngs=rngs
+        )  # fmt: skip
 
     def __call__(
         self, x: Float[Array, "B T D"], state: State | None = None, segment_ids: Int[Array, "B T"] | None = None
