@@ -86,11 +86,44 @@ def generalised_delta(p, heads, x, shift, r):
     return np.stack(out)
 
 
+def channels(p, settings, x, r):
+    """States of channels without keys: HGRN, minGRU, minLSTM and S4D."""
+    rule, v = settings.rule, x @ p["v"]["kernel"][r]
+    if settings.convolution:
+        v = convolve(v, p["convolve"]["v"]["weight"])
+    elif rule == "hgrn":
+        v = v * sigmoid(v)
+    if rule == "s4d":
+        own = p["filter"]
+        dt, rate = np.exp(own["log_dt"])[:, None], -np.exp(own["log_a_real"]) + 1j * own["a_imag"]
+        factor = np.exp(dt * rate)
+        read = 2 * (own["c"][:, 0] + 1j * own["c"][:, 1]) * (factor - 1) / rate
+    else:
+        gates = {name: sigmoid(x @ gate["kernel"][r]) for name, gate in p["gates"].items()}
+        if rule == "hgrn":
+            odds = LAYER / (DEPTH - LAYER) * np.exp(p["bound_logit"])
+            forget = (odds + gates["forget"]) / (1 + odds)
+        else:
+            v = np.where(v >= 0, v + 0.5, sigmoid(v))
+            forget = 1 - gates["update"] if rule == "mingru" else gates["forget"] / (gates["forget"] + gates["input"])
+    state, out = 0, []
+    for t in range(len(x)):
+        if rule == "s4d":
+            state = factor * state + v[t][:, None]
+            out.append((read * state).real.sum(-1) + own["skip"] * v[t])
+        else:
+            state = forget[t] * state + (1 - forget[t]) * v[t]
+            out.append(state)
+    return np.reshape(out, (len(x), settings.heads, -1))
+
+
 def memory(p, settings, x, shift, r):
     """One memory over the tokens it gets: projections, convolutions, recurrence. [n, D] -> [n, H, V]."""
     rule, heads = settings.rule, settings.heads
     if rule == "rwkv7":
         return generalised_delta(p, heads, x, shift, r)
+    if rule in ("hgrn", "mingru", "minlstm", "s4d"):
+        return channels(p, settings, x, r)
     q, k, v = x @ p["q"]["kernel"], x @ p["k"]["kernel"][r], x @ p["v"]["kernel"][r]
     if settings.convolution:
         taps = {name: p["convolve"][name]["weight"] for name in p["convolve"]}
@@ -125,16 +158,22 @@ def memory(p, settings, x, shift, r):
     if rule in ("mamba2", "gated_deltanet", "kda"):
         step = softplus(g + p["decay"]["dt_bias"].reshape(heads, -1))
         g = -np.exp(p["decay"]["a_log"])[:, None] * step
+    if rule == "mamba":
+        own = p["selection"]
+        step = softplus(x @ own["down"]["kernel"][r] @ own["up"]["kernel"][r] + own["dt_bias"]).reshape(v.shape)
+        g = -step[:, :, None] * np.moveaxis(np.exp(own["a_log"]).reshape(heads, v.shape[-1], -1), 1, 2)
+    else:
+        g = g[..., None]
     state = np.zeros((heads, k.shape[-1], v.shape[-1]))
-    out = []
+    out, skip = [], p["skip"].reshape(heads, -1) if "skip" in p else None
     for t in range(len(x)):
-        state = np.exp(g[t])[..., None] * state
-        written = step[t] * v[t] if rule == "mamba2" else v[t]
+        state = np.exp(g[t]) * state
+        written = step[t] * v[t] if rule in ("mamba2", "mamba") else v[t]
         if delta:
             written = write[t] * v[t] - np.einsum("hk,hkv->hv", beta[t] * k[t], state)
         state = state + k[t][..., None] * written[:, None]
         read = np.einsum("hk,hkv->hv", q[t], state)
-        out.append(read + p["skip"][:, None] * v[t] if rule == "mamba2" else read / np.sqrt(k.shape[-1]))
+        out.append(read / np.sqrt(k.shape[-1]) if skip is None else read + skip * v[t])
     return np.stack(out)
 
 
@@ -264,6 +303,15 @@ def test_later_tokens_do_not_change_earlier_outputs_by_one_bit(rule):
         assert not np.array_equal(before[:, begin:], after[:, begin:])
 
 
+def test_a_memory_of_many_chunks_is_causal_to_the_bit_wherever_it_stands():
+    """How later tokens spread over memories does not change in which order one sums the states of its chunks."""
+    mixer, x = make(rule="hgrn", chunk_size=1), rows(24)
+    before = call(mixer, x)[0]
+    for begin in (10, 17):
+        after = call(mixer, x.at[:, begin:].multiply(-1))[0]
+        np.testing.assert_array_equal(before[:, :begin], after[:, :begin])
+
+
 def test_auxiliary_loss_of_an_even_and_a_padded_row():
     mixer, x = make(), rows()
     ids = IDS.at[:, 7:].set(0)
@@ -294,7 +342,10 @@ def test_the_router_learns_from_the_output_and_from_the_loss(rule):
     # The loss trains the router alone; the output trains every memory's projections.
     loss.pop("router")
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(loss))
-    assert np.all(np.abs(output["k"]["kernel"]).max((1, 2)) > 0)
+    for path, gradient in jax.tree.leaves_with_path(output):
+        name = jax.tree_util.keystr(path)
+        if gradient.shape[:1] == (4,):
+            assert np.all(np.abs(gradient).max(tuple(range(1, gradient.ndim))) > 0), name
     # Memories in rows of their own have the same gradients.
     again, _ = gradients(tree, mixer.init_state(2, 11, jnp.float32))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), again, output)
@@ -330,7 +381,7 @@ SPLIT["logarithmic prefix"] = SPLIT["gated_deltanet"]
 MESHES = {
     "2": {"sequence": 2}, "4": {"sequence": 4}, "8": {"sequence": 8}, "2 of all axes": {"sequence": 2, "data": 2, "tensor": 2},
 }  # fmt: skip
-EVERY_MESH = ("gla", "gated_deltanet", "lightnet", "rwkv7", "blocks of several chunks")
+EVERY_MESH = ("gla", "gated_deltanet", "lightnet", "rwkv7", "hgrn", "mamba", "s4d", "blocks of several chunks")
 SHARDS = [
     pytest.param(case, mesh, marks=() if (case, mesh) == ("gated_deltanet", "8") else pytest.mark.slow)
     for case in SPLIT
@@ -367,7 +418,9 @@ def test_shards_of_a_sequence_give_the_values_and_gradients_of_one_device(case, 
     jax.tree.map_with_path(close, got, expected)
 
 
-@pytest.mark.parametrize("rule", ["gated_deltanet", *(pytest.param(r, marks=pytest.mark.slow) for r in ("lightnet", "rwkv7"))])
+@pytest.mark.parametrize(
+    "rule", ["gated_deltanet", *(pytest.param(r, marks=pytest.mark.slow) for r in ("lightnet", "rwkv7", "hgrn", "s4d"))]
+)
 def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule):
     mixer, x, ids = make(**SPLIT[rule]), rows(32), documents()
     with use_mesh(make_mesh({"data": 1, "sequence": 4}, jax.devices()[:4])):

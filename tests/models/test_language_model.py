@@ -50,6 +50,7 @@ MIXERS = {
     "mla": MLASettings(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
     "mom": MoMSettings(heads=2, chunk_size=8),
     "mom-hgrn2": MoMSettings(heads=2, rule="hgrn2", chunk_size=8),
+    "mom-s4d": MoMSettings(heads=2, rule="s4d", chunk_size=8),
     "mom-mamba2": MoMSettings(heads=2, rule="mamba2", shared=False, chunk_size=8),
     "deltanet": DeltaNetSettings(heads=2, chunk_size=8),
     "deltanet-negative": DeltaNetSettings(heads=2, negative_eigenvalues=True, chunk_size=8),
@@ -180,8 +181,8 @@ MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "samba": samba, "s
 # One of each kind of state stays in the fast lane; its siblings' mathematics is tested with their layers there.
 SLOW = {
     "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
-    "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "deltanet-negative",
-    "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco",
+    "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "mom-s4d",
+    "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco",
 }  # fmt: skip
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
 

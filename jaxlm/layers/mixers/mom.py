@@ -17,9 +17,11 @@ from jaxlm.layers.mixers.common import ChunkSize, HeadOutput, LayerContext, Stat
 from jaxlm.layers.mixers.delta import l2_normalise
 from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.mamba2 import dt_bias
-from jaxlm.layers.mixers.mom_memories import DELTA_RULES, read_memories
+from jaxlm.layers.mixers.minimal import MinGRU, MinLSTM
+from jaxlm.layers.mixers.mom_memories import DELTA_RULES, DIAGONAL, read_memories
 from jaxlm.layers.mixers.retention import head_log_decay
 from jaxlm.layers.mixers.rwkv7 import DECAY_BOUND, initial_channels, initial_mix, token_shift
+from jaxlm.layers.mixers.s4d import S4DFilter, S4DSettings
 from jaxlm.ops.logsumexp import running_logsumexp
 from jaxlm.ops.segments import resets, run_index
 from jaxlm.parallel.context import constrain
@@ -33,6 +35,11 @@ VECTOR_GATES = ("gla", "kda")
 STEPS = ("mamba2", "gated_deltanet", "kda")
 # Decays that do not depend on the data, by the name that `head_log_decay` has for them.
 FIXED = {"retention": "retnet", "lightning": "lightning"}
+# Rules without queries and keys.
+KEYLESS = (*DIAGONAL, "s4d")
+MINIMAL = {"mingru": MinGRU, "minlstm": MinLSTM}
+# Of a state channel, by rule.
+GATES = {"hgrn": ("forget",), **{rule: mixer.gates for rule, mixer in MINIMAL.items()}}
 # LightNet's logit of a token that a memory does not get: beside any other its weight is exactly 0, and unlike minus infinity
 # it has differences that are numbers, so that gradients are, too.
 NO_LOGIT = -1e30
@@ -46,12 +53,13 @@ class MoMSettings(Schema):
     kind: Literal["mom"] = "mom"
     rule: Literal[
         "linear", "retention", "lightning", "simple_gla", "gla", "hgrn2", "lightnet", "mamba2",
-        "deltanet", "gated_deltanet", "kda", "rwkv7",
+        "deltanet", "gated_deltanet", "kda", "rwkv7", "hgrn", "mingru", "minlstm", "mamba", "s4d",
     ] = Field(
         "gated_deltanet",
         description="Recurrence of a memory. Decay: none in linear and deltanet; fixed in retention and lightning; a gate a "
         "head in simple_gla, mamba2 and gated_deltanet; a gate a key channel in gla, hgrn2, kda and rwkv7; of a running sum "
-        "in lightnet.",
+        "in lightnet. States of value channels alone, without keys, in hgrn, mingru and minlstm; of value channels that keep "
+        "as many numbers as a head has key channels in mamba, and in s4d, whose decay does not depend on the data.",
     )  # fmt: skip
     gates: Literal["head", "channel"] = Field(
         "head",
@@ -67,14 +75,16 @@ class MoMSettings(Schema):
     top_k: int = Field(2, gt=0, description="Memories a token goes to.")
     shared: bool = Field(True, description="One more memory, to which all tokens go.")
     heads: int = Field(4, gt=0, description="Number of heads.")
-    expand_k: float = Field(1.0, gt=0, description="Total key channels as a multiple of the model width.")
+    expand_k: float = Field(
+        1.0, gt=0, description="Total key channels as a multiple of the model width; hgrn, mingru and minlstm have none."
+    )
     expand_v: float = Field(1.0, gt=0, description="Total value channels as a multiple of the model width.")
-    gate_rank: int = Field(16, gt=0, description="Rank of the projection of a gate a key channel.")
+    gate_rank: int = Field(16, gt=0, description="Rank of the projection of a gate a key channel, and of mamba's step.")
     convolution: int = Field(
         4,
         ge=0,
         description="Width of a short convolution on q, k and v; 0 for none. The k of hgrn2 and lightnet, which sets their "
-        "decay, has none, nor has rwkv7, which has a token shift.",
+        "decay, has none, nor have the gates of hgrn, mingru and minlstm, nor rwkv7, which has a token shift.",
     )
     output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
     balance: float = Field(0.01, ge=0, description="Coefficient of the auxiliary loss that spreads tokens over memories.")
@@ -102,14 +112,22 @@ class MoMSettings(Schema):
     def op(self) -> str:
         if self.rule == "rwkv7":
             return "dplr_delta_rule"
+        if self.rule in (*DIAGONAL, "mamba", "s4d"):
+            return "diagonal_recurrence"
         return "delta_rule" if self.rule in DELTA_RULES else "linear_attention"
 
     def sizes(self, width: int) -> tuple[int, int]:
         keys = head_size(width * self.expand_k, self.heads, "mom.expand_k")
+        if self.rule == "s4d" and keys % 2:
+            raise UserError(f"mom.expand_k: rule=s4d has {keys} states a channel, which must be even, being conjugate pairs")
         return keys, head_size(width * self.expand_v, self.heads, "mom.expand_v")
 
     def sequence_flops(self, width: int, context: int) -> float:
         keys, values = self.sizes(width)
+        if self.op == "diagonal_recurrence":
+            # As the mixers of these names count.
+            a_channel = {"mamba": 6.0 * keys, "s4d": 5.5 * keys}.get(self.rule, 2.0)
+            return (self.top_k + self.shared) * a_channel * self.heads * values
         # A delta rule also reads the state by the key, 2KV more; RWKV-7 by a, and writes by b.
         more = {"dplr_delta_rule": 2.0, "delta_rule": 1.5, "linear_attention": 1.0}[self.op]
         return (self.top_k + self.shared) * more * recurrent_flops(self.heads, keys, values)
@@ -163,6 +181,21 @@ class _Decay(nnx.Module):
         return -jnp.repeat(rate, step.shape[-1] // rate.shape[0]) * step, step
 
 
+class _Selection(nnx.Module):
+    """Mamba's step size of every token, memory and channel through a low rank, float32; and its rates, common."""
+
+    def __init__(self, settings: MoMSettings, width: int, memories: int, values: int, states: int, *, rngs: nnx.Rngs):
+        self.down = _Stack(memories, width, settings.gate_rank, ("embed", None), rngs=rngs)
+        # The variance of the reference's uniform(-rank^-1/2, rank^-1/2).
+        self.up = _Stack(memories, settings.gate_rank, values, (None, "heads"), gain=3**-0.5, rngs=rngs)
+        self.dt_bias = param(dt_bias(rngs.params(), (values,), 1e-3, 0.1), ("heads",), "dynamics")
+        rates = jnp.log(jnp.arange(1, states + 1, dtype=jnp.float32))
+        self.a_log = param(jnp.tile(rates, (values, 1)), ("heads", None), "dynamics")
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T R E"]:
+        return jax.nn.softplus(self.up(self.down(x)).astype(jnp.float32) + self.dt_bias[...])
+
+
 class _LoRA(nnx.Module):
     """sigmoid(activation(x W_down) W_up + bias) for every memory, float32; W_down is zero at the start, the bias common."""
 
@@ -194,13 +227,13 @@ class _GeneralisedDelta(nnx.Module):
         return {name: x + delta * mu for name, mu in zip(SHIFTED, self.mix[...].astype(x.dtype), strict=True)}, state
 
     def __call__(self, mixed: dict[str, Array], r: Float[Array, "B T 1 H K"], k: Float[Array, "B T R H K"]) -> dict[str, Array]:
-        """k, a, b and log_decay of the op, and the factor [B, T, R, H] of v in the bonus term."""
+        """k, a, b and log_decay of the op, and the factor [B, T, R, H, 1] of v in the bonus term."""
         log_decay = DECAY_BOUND * self.decay(mixed["w"], jnp.tanh).reshape(k.shape)
         rate = self.rate(mixed["a"]).reshape(k.shape)
         dtype, k = k.dtype, k.astype(jnp.float32)
         removal = l2_normalise(k * self.k_k[...])
         k = (k * (1 + (rate - 1) * self.k_a[...])).astype(dtype)
-        bonus = jnp.sum(r.astype(jnp.float32) * k.astype(jnp.float32) * self.r_k[...], axis=-1)
+        bonus = jnp.sum(r.astype(jnp.float32) * k.astype(jnp.float32) * self.r_k[...], axis=-1, keepdims=True)
         a, b = (-removal).astype(dtype), (removal * rate).astype(dtype)
         return {"k": k, "a": a, "b": b, "log_decay": log_decay, "skip": bonus}
 
@@ -214,9 +247,15 @@ class MoM(nnx.Module):
     reference does at inference; in training its convolutions run over the borders of memories).
 
     A rule is the recurrence of the mixer of that name, with these projections, convolutions and outputs around it: no
-    rotary embedding in retention; B, C and x of mamba2 are k, q and v, a B and a C for each head, and its skip D x is
-    added a memory; hgrn2's forget gate and lightnet's logits are k's projection, which has no convolution; lightnet's
+    rotary embedding in retention; B, C and x of mamba2 and mamba are k, q and v, a B and a C for each head, and their skip
+    D x is added a memory; hgrn2's forget gate and lightnet's logits are k's projection, which has no convolution; lightnet's
     running sum is over the tokens of the document that the memory gets.
+
+    hgrn, mingru and minlstm keep one number a value channel, mamba and s4d as many as a head has key channels, s4d in
+    conjugate pairs. hgrn, mingru, minlstm and s4d have neither q nor k: v is what they take in. The gates of the first three
+    are each memory's, without convolutions, HGRN's bound common. Mamba's step is each memory's (rank gate_rank), its rates
+    and the step's bias are common; step, B and C are projections of the token, as in Mamba-2, where Mamba has them of what
+    the convolution gives. The filter of s4d (S4D-Lin by zero-order hold: rates, steps, C and D) is common.
 
     RWKV-7's token shift stands before the router, so its inputs see the token before in the row, whatever memory that goes
     to. r, the mixes, k_k, k_a, r_k and the biases of w and a are common; k, v and the low-rank w and a (rank gate_rank) are
@@ -225,14 +264,18 @@ class MoM(nnx.Module):
 
     Without a state, the tokens of each memory lie one after the other in one row, each memory from a multiple of the
     chunk size on, so that a token's place in its chunk depends on earlier tokens alone. The op then runs over
-    T (top_k + shared) tokens and a few empty chunks. With a state, every memory is a row of its own of T tokens, the
-    empty slots behind its tokens inert (no key, value nor decay), which leaves its last state as the final one: the op
-    costs `memories` times the tokens. Projections of all tokens for all memories are computed either way.
+    T (top_k + shared) tokens and a few empty chunks. Memories of hgrn, mingru and minlstm have room for T tokens each, since
+    the place of a memory among all chunks sets how the diagonal op rounds its states: it must not depend on later tokens.
+
+    With a state, every memory is a row of its own of T tokens, the empty slots behind its tokens inert (no key, value, step
+    nor decay; of s4d, which always decays, behind its end), which leaves its last state as the final one: the op costs
+    `memories` times the tokens. Projections of all tokens for all memories are computed either way.
 
     Where the sequence is split over devices, each groups its own tokens, in blocks of a few chunks. A block, and with it a
     memory's blocks on a device, is an affine map of the memory's state, so that what devices exchange is the states of all
     memories, and the last inputs of each for the convolutions, whatever the number of tokens (`jaxlm.parallel.sequence`).
-    The op runs over the blocks three times: for what they write, for what they keep of a state, and for the outputs.
+    The op runs over the blocks for what they write, for what they keep of a state, unless that is a product of factors, and
+    for the outputs.
     """
 
     def __init__(self, settings: MoMSettings, context: LayerContext, *, rngs: nnx.Rngs):
@@ -242,16 +285,19 @@ class MoM(nnx.Module):
         keys, values = self.key_dim * heads, self.value_dim * heads
         # muP: the fan-out does not grow with width.
         self.router = Dense(width, settings.memories, axes=("embed", None), role="output", rngs=rngs)
-        self.q = Dense(width, keys, axes=("embed", "heads"), rngs=rngs)
+        keyless = rule in KEYLESS
+        self.q = None if keyless else Dense(width, keys, axes=("embed", "heads"), rngs=rngs)
         # RWKV-7 writes keys that are not normalised, small at the start.
         gain = 0.1 if rule == "rwkv7" else 1.0
-        self.k = _Stack(memories, width, keys, ("embed", "heads"), gain=gain, rngs=rngs)
+        self.k = None if keyless else _Stack(memories, width, keys, ("embed", "heads"), gain=gain, rngs=rngs)
         self.v = _Stack(memories, width, values, ("embed", "heads"), rngs=rngs)
-        sizes = {"q": keys, "k": keys, "v": values} if settings.convolution and rule != "rwkv7" else {}
+        sizes = {"v": values} if keyless else {"q": keys, "k": keys, "v": values}
         if rule in ("hgrn2", "lightnet"):
-            sizes.pop("k", None)
-        if rule == "hgrn2":
-            self.bound_logit = param(jnp.zeros(keys), ("heads",), "dynamics")
+            sizes.pop("k")
+        if not settings.convolution or rule == "rwkv7":
+            sizes = {}
+        if rule in ("hgrn", "hgrn2"):
+            self.bound_logit = param(jnp.zeros(keys if rule == "hgrn2" else values), ("heads",), "dynamics")
             self.position = param(jnp.asarray(context.index / context.depth, jnp.float32), (), "constant")
         self.convolve = nnx.Dict(
             {name: ShortConvolution(size, settings.convolution, axis="heads", rngs=rngs) for name, size in sizes.items()}
@@ -265,7 +311,12 @@ class MoM(nnx.Module):
         # Lightning's rates differ between layers, so stacked layers must carry them as an array.
         fixed = FIXED.get(rule)
         self.rates = param(head_log_decay(fixed, heads, context), ("heads",), "constant") if fixed else None
-        self.skip = param(jnp.ones(heads), ("heads",), "dynamics") if rule == "mamba2" else None
+        skip = {"mamba2": heads, "mamba": values}.get(rule)
+        self.skip = param(jnp.ones(skip), ("heads",), "dynamics") if skip else None
+        self.gates = nnx.Dict({name: project(values) for name in GATES.get(rule, ())})
+        mamba = rule == "mamba"
+        self.selection = _Selection(settings, width, memories, values, self.key_dim, rngs=rngs) if mamba else None
+        self.filter = S4DFilter(S4DSettings(state=self.key_dim), values, rngs=rngs) if rule == "s4d" else None
         self.output = HeadOutput(context, values, self.value_dim, gate=settings.output_gate, rngs=rngs)
 
     def __call__(
@@ -310,7 +361,9 @@ class MoM(nnx.Module):
         run = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else run_index(resets(segment_ids))
         taps = {name: convolution.weight[...] for name, convolution in self.convolve.items()}
         memory = None if state is None else {name: state[name] for name in ("recurrent", *taps)}
-        o, memory = read_memories(settings.rule, settings.chunk_size, taps, tokens, (routed, chosen, run), weights, memory)
+        o, memory = read_memories(
+            settings.rule, settings.chunk_size, taps, self._common(), tokens, (routed, chosen, run), weights, memory
+        )
         y = self.output(constrain(o, "batch", "sequence", "heads", None), x)
         return y, None if state is None else {**new_state, **memory}, auxiliary
 
@@ -320,6 +373,19 @@ class MoM(nnx.Module):
         share, mean = jnp.sum(counted * routed, axis=(0, 1)), jnp.sum(counted * scores, axis=(0, 1))
         return self.settings.balance * self.settings.memories * jnp.sum(share * mean)
 
+    def _common(self) -> dict[str, Float[Array, "H X ..."]]:
+        """What tokens and memories have in common besides convolutions: `skip`, a factor of v; Mamba's rates, for every
+        channel and state; S4D's factor of the state and its read-out, pairs for every channel and state."""
+        found = {}
+        if self.skip is not None:
+            found["skip"] = self.skip[...]
+        if self.selection is not None:
+            found["rates"] = -jnp.exp(self.selection.a_log[...])
+        if self.filter is not None:
+            found["factor"], found["read"] = self.filter.discretise()
+            found["skip"] = self.filter.skip[...]
+        return {name: x.reshape(self.settings.heads, -1, *x.shape[1:]) for name, x in found.items()}
+
     def _tokens(self, x, routed, state: State | None, segment_ids) -> tuple[dict[str, Array], State]:
         """What each token holds for each memory [B, T, R, H, *], or for all alike [B, T, 1, H, *]: q, k and v before their
         convolutions, gates; and the states of what runs over the tokens in their own order."""
@@ -328,18 +394,19 @@ class MoM(nnx.Module):
         inputs = dict.fromkeys(SHIFTED, x)
         if rule == "rwkv7":
             inputs, new_state["shift"] = self.generalised.shift(x, None if state is None else state["shift"], segment_ids)
-        q = self._heads(self.q(inputs["r"])[:, :, None])
-        k, v = self._heads(self.k(inputs["k"])), self._heads(self.v(inputs["v"]))
+        v = self._heads(self.v(inputs["v"]))
+        if rule in KEYLESS:
+            v = jax.nn.silu(v) if rule == "hgrn" and not self.convolve else v
+            return {"v": v, **self._forget(x)}, new_state
+        q, k = self._heads(self.q(inputs["r"])[:, :, None]), self._heads(self.k(inputs["k"]))
         tokens = {"q": q, "k": k, "v": v}
-        common = lambda p: jnp.broadcast_to(p[...], (batch, length, 1, settings.heads))  # noqa: E731
         if rule in ("hgrn2", "lightnet") and not self.convolve:
             tokens["q"] = jax.nn.silu(q)
         if self.rates is not None:
-            tokens["log_decay"] = jax.lax.stop_gradient(common(self.rates))
+            rates = jnp.broadcast_to(self.rates[...], (batch, length, 1, settings.heads))
+            tokens["log_decay"] = jax.lax.stop_gradient(rates)
         if rule == "hgrn2":
-            position = jax.lax.stop_gradient(self.position[...])
-            bound = (self.bound_logit[...] + jnp.log(position) - jnp.log1p(-position)).reshape(k.shape[3:])
-            tokens["log_decay"], rest = forget_gate(k.astype(jnp.float32), bound)
+            tokens["log_decay"], rest = self._bounded(k)
             tokens["k"] = rest.astype(k.dtype)
         if rule == "lightnet":
             before = None if state is None else state["sum"]
@@ -350,7 +417,9 @@ class MoM(nnx.Module):
             log_decay, step = self.decay(x)
             tokens["log_decay"] = self._heads(log_decay) if rule in VECTOR_GATES else log_decay
             if rule == "mamba2":
-                tokens |= {"step": step, "skip": common(self.skip)}
+                tokens["step"] = step
+        if self.selection is not None:
+            tokens["step"] = self._heads(self.selection(x))
         if self.beta is not None:
             beta = (1 + settings.negative_eigenvalues) * jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
             tokens["beta"] = beta if self.write is None else self._heads(beta)
@@ -358,14 +427,35 @@ class MoM(nnx.Module):
             tokens["write"] = self._heads(jax.nn.sigmoid(self.write(x).astype(jnp.float32)))
         return tokens, new_state
 
+    def _forget(self, x: Float[Array, "B T D"]) -> dict[str, Float[Array, "B T R H V"]]:
+        """log f and 1 - f of the forget gates of `DIAGONAL`."""
+        gates = {name: self._heads(gate(x)).astype(jnp.float32) for name, gate in self.gates.items()}
+        if not gates:
+            return {}
+        if self.settings.rule == "hgrn":
+            log_f, rest = self._bounded(gates["forget"])
+        else:
+            logit = MINIMAL[self.settings.rule].forget_logit(gates)
+            log_f, rest = jax.nn.log_sigmoid(logit), jax.nn.sigmoid(-logit)
+        return {"log_decay": log_f, "write": rest}
+
+    def _bounded(self, forget: Float[Array, "B T R H X"]) -> tuple[Float[Array, "B T R H X"], Float[Array, "B T R H X"]]:
+        """HGRN's and HGRN2's log f and 1 - f."""
+        position = jax.lax.stop_gradient(self.position[...])
+        bound = self.bound_logit[...] + jnp.log(position) - jnp.log1p(-position)
+        return forget_gate(forget.astype(jnp.float32), bound.reshape(forget.shape[3:]))
+
     def _heads(self, x: Float[Array, "B T R HX"]) -> Float[Array, "B T R H X"]:
         return constrain(x.reshape(*x.shape[:3], self.settings.heads, -1), "batch", "sequence", None, "heads", None)
 
     def init_state(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> State:
         memories, heads = self.settings.memories + self.settings.shared, self.settings.heads
         convolution = {name: conv.init_state(batch * memories, dtype) for name, conv in self.convolve.items()}
+        keys, values = self.key_dim, self.value_dim
+        channels = {"mamba": (values, keys), "s4d": (values, 2, keys // 2), **dict.fromkeys(DIAGONAL, (values,))}
+        size = channels.get(self.settings.rule, (keys, values))
         state = {
-            "recurrent": jnp.zeros((batch, memories, heads, self.key_dim, self.value_dim), jnp.float32),
+            "recurrent": jnp.zeros((batch, memories, heads, *size), jnp.float32),
             **{name: s.reshape(batch, memories, *s.shape[1:]) for name, s in convolution.items()},
         }
         if self.settings.rule == "lightnet":

@@ -16,15 +16,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.layers.mixers.common import State
 from jaxlm.layers.mixers.delta import l2_normalise
+from jaxlm.layers.mixers.minimal import positive
 from jaxlm.ops.convolution import short_convolution
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
+from jaxlm.ops.diagonal import (
+    diagonal_recurrence,
+    diagonal_transition,
+    pair_product,
+    run_ssm,
+    selective_scan,
+    selective_transition,
+    ssm_transition,
+)
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.segments import resets
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import constrain
 
 DELTA_RULES = ("deltanet", "gated_deltanet", "kda")
 # Rules whose transition is a matrix, not a factor a key channel.
 MATRIX_RULES = (*DELTA_RULES, "rwkv7")
+# Rules of one number a channel.
+DIAGONAL = ("hgrn", "mingru", "minlstm")
+# What a transition does to a state, or to another one; elementwise in the others.
+APPLY = {**dict.fromkeys(MATRIX_RULES, sequence.apply_matrix), "s4d": pair_product}
 
 
 class _Groups(NamedTuple):
@@ -54,11 +69,15 @@ class _Groups(NamedTuple):
 
     def fill(self, x: Float[Array, "B S *X"]) -> Float[Array, "B S *X"]:
         """x with zeros in the empty slots."""
-        return jnp.where(self.filled.reshape(*self.filled.shape, *[1] * (x.ndim - 2)), x, 0)
+        return jnp.where(_over(self.filled, x), x, 0)
 
     def blocks(self, x: Array) -> Array:
         """[B, S, ..] as rows [B N, size, ..]."""
         return x.reshape(-1, self.size, *x.shape[2:])
+
+    def lengths(self) -> Int[Array, " BN"]:
+        """Tokens of each row of `blocks`."""
+        return jnp.sum(self.blocks(self.filled), axis=1)
 
     def begins(self) -> Bool[Array, "B N"]:
         """Whether a block is its memory's first."""
@@ -94,6 +113,11 @@ class _Groups(NamedTuple):
         return jnp.where(mine[..., None], inputs, 0)
 
 
+def _over(mask: Array, like: Array) -> Array:
+    """Axes of size 1 behind those of a mask, as many as an array has."""
+    return mask.reshape(*mask.shape, *[1] * (like.ndim - mask.ndim))
+
+
 def _take(x: Array, index: Int[Array, "B n"]) -> Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
 
@@ -120,13 +144,21 @@ def _group(routed: Int[Array, "B T R"], run: Int[Array, "B T"], visits: int, siz
 
 
 def read_memories(
-    rule: str, chunk_size: int, taps: dict, tokens: dict, routing: tuple, weights: Float[Array, "B T X"], state: State | None
+    rule: str,
+    chunk_size: int,
+    taps: dict[str, Array],
+    common: dict[str, Array],
+    tokens: dict[str, Array],
+    routing: tuple,
+    weights: Float[Array, "B T X"],
+    state: State | None,
 ) -> tuple[Float[Array, "B T H V"], State]:
     """Outputs of all tokens, and the states of convolutions and recurrences if they came with one.
 
     Args:
       rule, chunk_size: of the settings.
       taps: of the convolutions [W, H X], by the name of what they are for.
+      common: what all tokens and memories have in common [H, *]: see `MoM._common`.
       tokens: as `MoM._tokens` gives them.
       routing: routed [B, T, R], 1 where a token goes to a memory; chosen [B, T, X], the memories that it goes to; run
         [B, T], the index of its document.
@@ -135,41 +167,42 @@ def read_memories(
     batch, length, heads = *weights.shape[:2], tokens["v"].shape[3]
     span = partial(_read_span, rule, chunk_size)
     if not sequence.split(length):
-        return span(False, taps, tokens, routing, weights, state)
+        return span(False, taps, common, tokens, routing, weights, state)
     # Channels of convolutions go where their heads go.
     apart = lambda x: x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)  # noqa: E731
     flat = lambda x: x.reshape(*x.shape[:-2], math.prod(x.shape[-2:]))  # noqa: E731
     taps = {name: apart(x) for name, x in taps.items()}
-    states = ("batch", None, "heads", None, None)
     state_axes = None
     if state is not None:
         state = {name: apart(x) if name in taps else x for name, x in state.items()}
-        state_axes = {name: ("batch", None, None, "heads", None) if name in taps else states for name in state}
+        state_axes = {name: ("batch", None, "heads", *[None] * (x.ndim - 3)) for name, x in state.items()}
+        state_axes |= dict.fromkeys(taps, ("batch", None, None, "heads", None))
+    common_axes = {name: ("heads", *[None] * (x.ndim - 1)) for name, x in common.items()}
     per_token = ("batch", sequence.AXIS)
     token_axes = {name: (*per_token, None, "heads", *[None] * (x.ndim - 4)) for name, x in tokens.items()}
 
-    def local(taps, tokens, routing, weights, state):
+    def local(taps, common, tokens, routing, weights, state):
         old = None if state is None else {name: flat(x) if name in taps else x for name, x in state.items()}
-        o, new = span(True, {name: flat(x) for name, x in taps.items()}, tokens, routing, weights, old)
+        o, new = span(True, {name: flat(x) for name, x in taps.items()}, common, tokens, routing, weights, old)
         return o, {name: x.reshape(state[name].shape) for name, x in new.items()}
 
     o, new = sequence.shard_map(
         local, {"batch": batch, sequence.AXIS: length, "heads": heads},
-        (dict.fromkeys(taps, (None, "heads", None)), token_axes, (per_token,) * 3, per_token, state_axes),
-        ((*per_token, "heads", None), state_axes or {}), taps, tokens, routing, weights, state,
+        (dict.fromkeys(taps, (None, "heads", None)), common_axes, token_axes, (per_token,) * 3, per_token, state_axes),
+        ((*per_token, "heads", None), state_axes or {}), taps, common, tokens, routing, weights, state,
     )  # fmt: skip
     return o, {name: flat(x) if name in taps else x for name, x in new.items()}
 
 
-def _read_span(rule: str, chunk_size: int, shard: bool, taps, tokens, routing, weights, state) -> tuple[Array, State]:
+def _read_span(rule: str, chunk_size: int, shard: bool, taps, common, tokens, routing, weights, state) -> tuple[Array, State]:
     """`read_memories` of whole rows, or of a shard's span of them inside `sequence.shard_map`."""
     routed, chosen, run = routing
     batch, length, memories = routed.shape
-    size = min(chunk_size, 1 << (length - 1).bit_length())
+    chunk = size = min(chunk_size, 1 << (length - 1).bit_length())
     if shard:
         # Every block has its states in memory: longer ones, while the empty slots behind a memory's tokens are few.
         size = max(size, (1 << (length // (4 * memories)).bit_length()) // 2)
-    elif state is not None:
+    elif state is not None or rule in DIAGONAL:
         size = length
     groups = _group(routed, run, chosen.shape[2], size)
     run_before = jnp.zeros_like(run[:, :1])
@@ -187,8 +220,8 @@ def _read_span(rule: str, chunk_size: int, shard: bool, taps, tokens, routing, w
         values[name] = place(y.reshape(values[name].shape))
 
     v = values["v"]
-    skip = values.pop("skip", None)
-    if "step" in values:
+    skip = values.pop("skip", common.get("skip"))
+    if rule == "mamba2":
         values["v"] = (values.pop("step")[..., None] * v).astype(v.dtype)
     if rule in DELTA_RULES:
         values |= {name: l2_normalise(values[name]) for name in ("q", "k")}
@@ -196,23 +229,24 @@ def _read_span(rule: str, chunk_size: int, shard: bool, taps, tokens, routing, w
     if state is None and not shard:
         # Memories follow each other in one row as documents do.
         ids = groups.ids * memories + jnp.repeat(groups.memory, size, axis=1)
-        o, _ = _recur(rule, size, values, ids, None)
+        o, _ = _recur(rule, chunk, common, _Rows(values, ids, jnp.full(batch, ids.shape[1])), None)
     else:
-        rows = {name: groups.blocks(x) for name, x in values.items()}
-        run_op = partial(_recur, rule, chunk_size, ids=groups.blocks(groups.ids))
-        fresh = groups.fresh(run_before)[..., None, None, None]
+        rows = _Rows({name: groups.blocks(x) for name, x in values.items()}, groups.blocks(groups.ids), groups.lengths())
+        recur = partial(_recur, rule, chunk, common)
+        fresh = groups.fresh(run_before)
         entering = None if state is None else state["recurrent"]
         last = None
         if shard:
-            matrix = rule in MATRIX_RULES
-            entering, last = _entering_states(run_op, matrix, rows, groups, fresh, run[:, -1:], entering)
+            _, written = recur(rows, None)
+            maps = _transition(rule, recur, common, rows, written), written
+            entering, last = _entering_states(APPLY.get(rule, jnp.multiply), maps, groups, fresh, run[:, -1:], entering)
         # A document that starts with a block, or between it and what its memory has before, drops the state.
-        entering = jnp.where(fresh, 0, entering)
-        o, leaving = run_op(rows, initial=entering.reshape(-1, *entering.shape[2:]))
+        entering = jnp.where(_over(fresh, entering), 0, entering)
+        o, leaving = recur(rows, entering.reshape(-1, *entering.shape[2:]))
         new_state["recurrent"] = last if shard else leaving.reshape(entering.shape)
     o = o.reshape(v.shape)
     if skip is not None:
-        o = o + (skip[..., None] * v).astype(o.dtype)
+        o = o + (skip * v).astype(o.dtype)
 
     # A token's outputs, one a memory it went to, weighted.
     slot = jnp.take_along_axis(groups.slot, chosen, axis=2).reshape(batch, -1)
@@ -254,32 +288,23 @@ def _convolve(
 
 
 def _entering_states(
-    run: Callable, matrix: bool, rows: dict[str, Array], groups: _Groups, fresh: Bool[Array, "B N 1 1 1"],
-    last_run: Int[Array, "B 1"], state: Float[Array, "B R H K V"] | None,
-) -> tuple[Float[Array, "B N H K V"], Float[Array, "B R H K V"]]:  # fmt: skip
+    apply: Callable, maps: tuple[Array, Array], groups: _Groups, fresh: Bool[Array, "B N"], last_run: Int[Array, "B 1"],
+    state: Float[Array, "B R *S"] | None,
+) -> tuple[Float[Array, "B N *S"], Float[Array, "B R *S"]]:  # fmt: skip
     """The states that enter a shard's blocks, and those of all memories after the last shard.
 
-    A block makes M s + N of the state s that enters it: N is what it writes from nothing, M what it makes of the identity
-    when it writes nothing. Products over each memory's blocks make a shard an affine map of the memories' states, as it
-    is of one state in other recurrences.
+    A block makes M s + N of the state s that enters it; `maps` are M and N of all blocks. Products over each memory's blocks
+    make a shard an affine map of the memories' states, as it is of one state in other recurrences.
     """
-    v = rows["v"]
-    size = rows["k"].shape[-1]
-    _, written = run(rows, initial=None)
-    identity = jnp.eye(size, dtype=written.dtype) if matrix else jnp.ones((size, 1), written.dtype)
-    nothing = jnp.zeros((*v.shape[:-1], identity.shape[-1]), v.dtype)
-    silent = rows | {name: nothing.astype(rows[name].dtype) for name in ("v", "write") if name in rows}
-    _, transition = run(silent, initial=jnp.broadcast_to(identity, (*written.shape[:2], *identity.shape)))
-    apply = sequence.apply_matrix if matrix else jnp.multiply
-    written, transition = (x.reshape(*groups.memory.shape, *x.shape[1:]) for x in (written, transition))
-    transition = jnp.where(fresh, 0, transition)
-    begins = groups.begins()[..., None, None, None]
+    transition, written = (x.reshape(*groups.memory.shape, *x.shape[1:]) for x in maps)
+    transition = jnp.where(_over(fresh, transition), 0, transition)
+    begins = groups.begins()
 
     def step(carry, block):
         begins, transition, written = block
         before, state = carry
-        before = jnp.where(begins, transition, apply(transition, before))
-        state = jnp.where(begins, written, apply(transition, state) + written)
+        before = jnp.where(_over(begins, transition), transition, apply(transition, before))
+        state = jnp.where(_over(begins, written), written, apply(transition, state) + written)
         return (before, state), carry
 
     blocks = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (begins, transition, written))
@@ -290,19 +315,68 @@ def _entering_states(
     after = jax.tree.map(lambda x, end: jnp.concatenate([x, end[:, None]], axis=1), before, end)
     next_first = jnp.pad(groups.first[:, 1:], ((0, 0), (0, 1)), constant_values=groups.memory.shape[1])
     # The last document may not visit a memory, whose slots may all be filled: no empty one then, which drops the state.
-    ended = (_take(groups.ids, next_first * groups.size - 1) != last_run)[..., None, None, None]
-    whole = jax.tree.map(lambda x: jnp.where(ended, 0, _take(x, next_first)), after)
+    ended = _take(groups.ids, next_first * groups.size - 1) != last_run
+    whole = jax.tree.map(lambda x: jnp.where(_over(ended, x), 0, _take(x, next_first)), after)
     if state is None:
         state = jnp.zeros_like(whole[1])
     entering, last = sequence.prefix(apply, *whole, state)
     entering = _take(entering, groups.memory)
-    return jnp.where(begins, entering, apply(before[0], entering) + before[1]), last
+    return jnp.where(_over(begins, entering), entering, apply(before[0], entering) + before[1]), last
+
+
+class _Rows(NamedTuple):
+    """Tokens in rows, and empty slots behind them that hold zeros."""
+
+    values: dict[str, Array]  # [N, L, H, *]
+    ids: Int[Array, "N L"]
+    lengths: Int[Array, " N"]
+
+
+def _transition(rule: str, recur: Callable, common: dict[str, Array], rows: _Rows, written: Array) -> Array:
+    """M of every row's state after it, M s + N, where s enters it."""
+    values, v = rows.values, rows.values["v"]
+    reset = resets(rows.ids)
+    if rule in DIAGONAL:
+        return diagonal_transition(values["log_decay"], reset, v.shape)
+    if rule == "mamba":
+        return jax.vmap(selective_transition, (2, 0, None), 1)(values["step"], common["rates"], reset)
+    if rule == "s4d":
+        factor = common["factor"]
+        power = ssm_transition(factor.reshape(-1, *factor.shape[2:]), reset, v.shape[1], rows.lengths)
+        return power.reshape(-1, *factor.shape)
+    # What the op makes of the identity when nothing is written.
+    size = values["k"].shape[-1]
+    identity = jnp.eye(size, dtype=written.dtype) if rule in MATRIX_RULES else jnp.ones((size, 1), written.dtype)
+    nothing = jnp.zeros((*v.shape[:-1], identity.shape[-1]), v.dtype)
+    silent = values | {name: nothing.astype(values[name].dtype) for name in ("v", "write") if name in values}
+    return recur(rows._replace(values=silent), jnp.broadcast_to(identity, (*written.shape[:2], *identity.shape)))[1]
 
 
 def _recur(
-    rule: str, chunk_size: int, values: dict[str, Array], ids: Int[Array, "N L"], initial: Float[Array, "N H K V"] | None
-) -> tuple[Float[Array, "N L H V"], Float[Array, "N H K V"]]:
+    rule: str, chunk_size: int, common: dict[str, Array], rows: _Rows, initial: Float[Array, "N H *S"] | None
+) -> tuple[Float[Array, "N L H V"], Float[Array, "N H *S"]]:
     """The op of a rule on rows."""
+    values, options = rows.values, {"segment_ids": rows.ids, "chunk_size": chunk_size}
+    if rule in DIAGONAL:
+        v = values["v"].astype(jnp.float32)
+        b = values["write"] * (v if rule == "hgrn" else positive(v))
+        return diagonal_recurrence(values["log_decay"], b, initial_state=initial, **options)
+    if rule == "mamba":
+
+        def scan(u, step, rates, b, c, initial):
+            return selective_scan(u.astype(jnp.float32), step, rates, b, c, initial_state=initial, **options)
+
+        # Heads have a B and a C of their own, which the channels of a scan share.
+        heads = jax.vmap(scan, (2, 2, 0, 2, 2, None if initial is None else 1), (2, 1))
+        return heads(values["v"], values["step"], common["rates"], values["k"], values["q"], initial)
+    if rule == "s4d":
+        v, factor, read = values["v"].astype(jnp.float32), common["factor"], common["read"]
+        flat = lambda x, axis: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])  # noqa: E731
+        y, state = run_ssm(
+            flat(v, 2), flat(factor, 0), flat(read, 0), resets(rows.ids), None if initial is None else flat(initial, 1),
+            form="recurrent" if v.shape[1] == 1 else "chunked", chunk_size=chunk_size, lengths=rows.lengths,
+        )  # fmt: skip
+        return y.reshape(v.shape), state.reshape(-1, *factor.shape)
     op = dplr_delta_rule if rule == "rwkv7" else delta_rule if rule in DELTA_RULES else linear_attention
     scale = {"scale": 1.0} if rule in ("mamba2", "rwkv7") else {}
-    return op(**values, **scale, initial_state=initial, segment_ids=ids, chunk_size=chunk_size)
+    return op(**values, **scale, initial_state=initial, **options)
