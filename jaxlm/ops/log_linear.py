@@ -115,13 +115,14 @@ def log_linear_attention(
         log_decay = jnp.where(reset[..., None], -jnp.inf, log_decay)
     inputs = (q, k, v, log_decay[..., None], level_scales)
     positions = jnp.broadcast_to(positions_in_runs(reset, state.position, length), (batch, length))
+    run = partial(_run_whole, scale, chunk_size if form == "chunked" else length)
     if form == "chunked" and sequence.split(length):
         o, digits = over_shards(
-            partial(_run, scale, chunk_size), _transition, inputs, positions, state.digits,
-            apply=_apply, transpose=sequence.transpose_matrix,
+            run, lambda inputs, positions: log_linear_transition(inputs, positions, positions[:, -1] + 1),
+            inputs, positions, state.digits, apply=apply_digits, transpose=sequence.transpose_matrix,
         )  # fmt: skip
     else:
-        o, digits = _run(scale, chunk_size if form == "chunked" else length, inputs, positions, state.digits)
+        o, digits = run(inputs, positions, state.digits)
     return o.astype(v.dtype), LogLinearState(digits, positions[:, -1] + 1)
 
 
@@ -205,39 +206,55 @@ def _moves(ends: Int[Array, "B J"], position: Int[Array, " B"]) -> Bool[Array, "
     return (_level(position[:, None], ends, last) - 1)[:, None] == jnp.arange(last, dtype=jnp.int32)[:, None]
 
 
-def _run(scale, chunk_size: int, inputs, positions: Int[Array, "B T"], digits: Float[Array, "B H J K V"]):
-    """Outputs and final digits of prepared arrays. A document that starts within has log_decay -inf there and position 0;
-    so does one that starts at token 0, and then nothing of `digits` is read."""
+def run_log_linear(
+    scale, chunk_size: int, inputs, positions: Int[Array, "B T"], after: Int[Array, " B"], digits: Float[Array, "B H J K V"]
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H J K V"]]:
+    """Outputs and final digits of prepared arrays, for whoever says himself where in their documents tokens stand.
+
+    Args:
+      scale, chunk_size: as in `log_linear_attention`.
+      inputs: q, k, v, log_decay [B, T, H, 1] and level_scales. A document that starts within has log_decay -inf there and
+        position 0; so does one that starts at token 0, and then nothing of `digits` is read.
+      positions: of the tokens in their documents. Where a row ends earlier, k, v and log_decay are 0 and positions `after`.
+      after: number of tokens of the last document once the row is over.
+      digits: after `positions[:, 0]` tokens.
+    """
     length = positions.shape[1]
     size = 1 << (min(length, chunk_size) - 1).bit_length()
-    # Padding repeats the last position, so that the state left behind is that after the last token.
-    positions = jnp.pad(positions, ((0, 0), (0, -length % size)), mode="edge")
-    positions = positions.reshape(positions.shape[0], -1, size).swapaxes(0, 1)
+    padding = jnp.broadcast_to(after[:, None], (after.shape[0], -length % size))
+    positions = jnp.concatenate([positions, padding], axis=1).reshape(after.shape[0], -1, size).swapaxes(0, 1)
+    # The digits that a chunk leaves are those before the next. They are dropped where that starts a document.
+    after = jnp.concatenate([positions[1:, :, 0], after[None]])
     chunks = [to_chunks(x, size) for x in inputs]
     body = partial(_chunk, scale)
     if chunks[0].shape[0] == 1:
-        digits, o = body(digits, jax.tree.map(lambda x: x[0], (*chunks, positions)))
+        digits, o = body(digits, jax.tree.map(lambda x: x[0], (*chunks, positions, after)))
         o = o[None]
     else:
-        digits, o = lax.scan(jax.checkpoint(body), digits, (*chunks, positions))
+        digits, o = lax.scan(jax.checkpoint(body), digits, (*chunks, positions, after))
     return from_chunks(o, length), digits
 
 
-def _transition(inputs, positions: Int[Array, "B T"]) -> Float[Array, "B H J J"]:
-    """M of digits_out = M digits_in + N over these tokens: where the digits move, times the product of the decays (0 once
+def _run_whole(scale, chunk_size: int, inputs, positions, digits):
+    return run_log_linear(scale, chunk_size, inputs, positions, positions[:, -1] + 1, digits)
+
+
+def log_linear_transition(inputs, positions: Int[Array, "B T"], after: Int[Array, " B"]) -> Float[Array, "B H J J"]:
+    """M of digits_out = M digits_in + N of `run_log_linear`: where the digits move, times the product of the decays (0 once
     a document starts among them)."""
     *_, log_decay, level_scales = inputs
-    moves = _moves(_ends(positions[:, 0], level_scales.shape[-1] - 1), positions[:, -1] + 1)
+    moves = _moves(_ends(positions[:, 0], level_scales.shape[-1] - 1), after)
     return jnp.exp(jnp.sum(log_decay, axis=1))[..., None] * moves[:, None]
 
 
-def _apply(transition: Float[Array, "B H J J"], x: Float[Array, "B H J *X"]) -> Float[Array, "B H J *X"]:
-    return sequence.apply_matrix(transition, x.reshape(*x.shape[:3], -1)).reshape(x.shape)
+def apply_digits(transition: Float[Array, "*b J J"], x: Float[Array, "*b J *X"]) -> Float[Array, "*b J *X"]:
+    """M digits, or a product of two M."""
+    return sequence.apply_matrix(transition, x.reshape(*transition.shape[:-1], -1)).reshape(x.shape)
 
 
 def _chunk(scale, digits: Float[Array, "B H J K V"], chunk):
     """One chunk [B, H, C, ...] of tokens: the digits it leaves and its outputs."""
-    q, k, v, g, scales, positions = chunk
+    q, k, v, g, scales, positions, after_chunk = chunk
     last = scales.shape[-1] - 1
     matmul = partial(product, operand=jnp.result_type(q, k, v), precise=digits.dtype)
     before, after, total, tree = (jax.tree.map(lambda x: x[0], part) for part in decays(g[None], q[None], digits.dtype))
@@ -256,10 +273,9 @@ def _chunk(scale, digits: Float[Array, "B H J K V"], chunk):
     o = o + matmul("bhij,bhjv->bhiv", scale * matmul("bhik,bhjk->bhij", q, k) * weights, v)
 
     # Digits that stand for what was written, after the chunk.
-    position = positions[:, -1] + 1
-    moves = _moves(ends, position).astype(digits.dtype)
+    moves = _moves(ends, after_chunk).astype(digits.dtype)
     kept = jnp.einsum("bmj,bhjkv->bhmkv", moves, digits, precision=lax.Precision.HIGHEST)
-    writes = (_level(position[:, None], positions, last) - 1)[..., None] == jnp.arange(last, dtype=jnp.int32)
+    writes = (_level(after_chunk[:, None], positions, last) - 1)[..., None] == jnp.arange(last, dtype=jnp.int32)
     writes = jnp.where(writes[:, None, ..., None], (k * after)[..., None, :], 0).reshape(*k.shape[:3], -1)
     written = matmul("bhcx,bhcv->bhxv", writes, v).reshape(digits.shape)
     return total[:, :, None] * kept + written, o

@@ -6,6 +6,8 @@ continues whatever state enters the row.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
@@ -67,6 +69,30 @@ def positions_in_runs(reset: Bool[Array, "B T"] | None, start: Int[Array, B], le
     split = sequence.split(length)
     origin = _over_shards(local, reset.shape, (_TOKENS,), reset) if split else origins(0, reset)
     return index - origin + jnp.where(run_index(reset) == 0, start[:, None], 0)
+
+
+def counts_in_runs(
+    counted: Int[Array, "B T R"], reset: Bool[Array, "B T"] | None, start: Int[Array, "B R"]
+) -> Int[Array, "B T R"]:
+    """What the tokens before each one in its run count to, in the first run on top of `start`; of every R by itself."""
+
+    def before(counted, reset, split):
+        total = lax.cumsum(counted, axis=1)
+        if split:
+            total = total + sequence.over_earlier(jnp.sum, total[:, -1:])
+        total = total - counted
+        # Counts never fall: that at the newest reset is the largest at a reset so far.
+        origin = lax.cummax(jnp.where(reset[..., None], total, 0), axis=1)
+        if split:
+            origin = jnp.maximum(origin, sequence.over_earlier(jnp.max, origin[:, -1:]))
+        return total - origin
+
+    reset = jnp.zeros(counted.shape[:2], bool) if reset is None else reset
+    if sequence.split(counted.shape[1]):
+        count = _over_shards(partial(before, split=True), reset.shape, (_TOKENS, _TOKENS), counted, reset)
+    else:
+        count = before(counted, reset, split=False)
+    return count + jnp.where(run_index(reset)[..., None] == 0, start[:, None], 0)
 
 
 def _over_shards(fn, shape, in_axes, *args):

@@ -26,7 +26,7 @@ WIDTH, DEPTH, LAYER = 12, 4, 1
 
 def make(seed=1, **changes):
     settings = MoMSettings(**{"memories": 3, "top_k": 2, "heads": 2, "expand_v": 2 / 3, "gate_rank": 3, "convolution": 3,
-                              "chunk_size": 4, **changes})  # fmt: skip
+                              "chunk_size": 4, "max_length": 16, **changes})  # fmt: skip
     mixer = MoM(settings, LayerContext(WIDTH, DEPTH, jnp.asarray(LAYER)), rngs=nnx.Rngs(0))
     keys = iter(jax.random.split(jax.random.key(seed), 100))
     noisy = lambda i, x: x if i.role == "constant" else x + 0.3 * jax.random.normal(next(keys), x.shape)  # noqa: E731
@@ -149,13 +149,13 @@ def memory(p, settings, x, shift, r):
     if rule == "lightnet":
         sums = np.cumsum(np.exp(k), axis=0)
         g, k = np.log(np.concatenate([sums[:1], sums[:-1]]) / sums), np.exp(k) / sums
-    if rule in ("simple_gla", "mamba2", "gated_deltanet"):
+    if rule in ("simple_gla", "mamba2", "gated_deltanet", "log_linear"):
         g = (x @ p["decay"]["up"]["kernel"][r])[..., None]
     if rule in ("gla", "kda"):
         g = (x @ p["decay"]["down"]["kernel"][r] @ p["decay"]["up"]["kernel"][r]).reshape(len(x), heads, -1)
     if rule in ("simple_gla", "gla"):
         g = -softplus(-(g + p["decay"]["bias"][r].reshape(heads, -1))) / 16
-    if rule in ("mamba2", "gated_deltanet", "kda"):
+    if rule in ("mamba2", "gated_deltanet", "kda", "log_linear"):
         step = softplus(g + p["decay"]["dt_bias"].reshape(heads, -1))
         g = -np.exp(p["decay"]["a_log"])[:, None] * step
     if rule == "mamba":
@@ -164,6 +164,13 @@ def memory(p, settings, x, shift, r):
         g = -step[:, :, None] * np.moveaxis(np.exp(own["a_log"]).reshape(heads, v.shape[-1], -1), 1, 2)
     else:
         g = g[..., None]
+    if rule == "log_linear":
+        scales = softplus((x @ p["level"]["kernel"]).reshape(len(x), heads, -1) + p["level_bias"])
+        out = np.zeros(v.shape)
+        for s, t in itertools.combinations_with_replacement(range(len(x)), 2):
+            score = np.exp(g[s + 1 : t + 1].sum(0))[:, 0, 0] * (q[t] * k[s]).sum(-1) / np.sqrt(k.shape[-1])
+            out[t] += (scales[t, :, (t ^ s).bit_length()] * score)[:, None] * v[s]
+        return out
     state = np.zeros((heads, k.shape[-1], v.shape[-1]))
     out, skip = [], p["skip"].reshape(heads, -1) if "skip" in p else None
     for t in range(len(x)):
@@ -224,14 +231,16 @@ CASES = {
     "kda, gates of gdn2, negative": {"rule": "kda", "gates": "channel", "negative_eigenvalues": True},
     "one of many, alone": {"rule": "gla", "memories": 5, "top_k": 1, "shared": False, "convolution": 0},
     "hgrn2, no convolution": {"rule": "hgrn2", "convolution": 0},
+    "hgrn, no convolution": {"rule": "hgrn", "convolution": 0},
     "lightnet, no convolution": {"rule": "lightnet", "convolution": 0},
     "rwkv7, one of many": {"rule": "rwkv7", "memories": 5, "top_k": 1},
     "a convolution of one tap": {"rule": "gla", "convolution": 1},
 }
 
 
-# One of each op; the gates of the others are tested with these by the slow lane.
-FAST = ("gla", "gated_deltanet")
+# One of each op and kind of state; the gates of the others are tested with these by the slow lane.
+FAST = ("gla", "gated_deltanet", "hgrn", "mingru", "minlstm", "mamba", "s4d", "log_linear")
+DECODED = ("gated_deltanet", "hgrn", "mamba", "s4d", "log_linear")
 each_rule = pytest.mark.parametrize("rule", [r if r in FAST else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 
 
@@ -247,7 +256,7 @@ def test_equals_its_equations_with_and_without_a_state(case):
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
+@pytest.mark.parametrize("rule", [r if r in DECODED else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_every_memory_continues_its_own_state(rule):
     """Pieces with a border inside, at their edge, and single tokens continue what each memory had."""
     mixer, x = make(**RULES[rule]), rows(12)
@@ -373,7 +382,7 @@ def documents(length=32):
 
 # Blocks of two tokens: a memory has several on a shard of 4 to 16 tokens. Convolutions reach back over more than a shard,
 # where a memory gets few tokens.
-SPLIT = {rule: {**case, "chunk_size": 2, "convolution": 4} for rule, case in RULES.items()}
+SPLIT = {rule: {**case, "chunk_size": 2, "convolution": 4, "max_length": 64} for rule, case in RULES.items()}
 SPLIT["blocks of several chunks"] = {"rule": "gla", "memories": 2, "top_k": 1, "shared": False, "chunk_size": 1}
 SPLIT["a convolution of one tap"] = {"rule": "gla", "chunk_size": 2, "convolution": 1}
 SPLIT["no state"] = SPLIT["gated_deltanet"]
@@ -381,7 +390,7 @@ SPLIT["logarithmic prefix"] = SPLIT["gated_deltanet"]
 MESHES = {
     "2": {"sequence": 2}, "4": {"sequence": 4}, "8": {"sequence": 8}, "2 of all axes": {"sequence": 2, "data": 2, "tensor": 2},
 }  # fmt: skip
-EVERY_MESH = ("gla", "gated_deltanet", "lightnet", "rwkv7", "hgrn", "mamba", "s4d", "blocks of several chunks")
+EVERY_MESH = ("gla", "gated_deltanet", "lightnet", "rwkv7", "hgrn", "s4d", "blocks of several chunks")
 SHARDS = [
     pytest.param(case, mesh, marks=() if (case, mesh) == ("gated_deltanet", "8") else pytest.mark.slow)
     for case in SPLIT
@@ -395,10 +404,12 @@ def test_shards_of_a_sequence_give_the_values_and_gradients_of_one_device(case, 
     mixer, x, ids = make(**SPLIT[case]), rows(32), documents()
     graphdef, tree = params_lib.split(mixer)
     state = None if case == "no state" else call(mixer, rows(5), mixer.init_state(2, 32, jnp.float32))[1]
+    # Counts of tokens have no gradient.
+    counts = {name: state.pop(name) for name in ("position",) if name in (state or {})}
 
     def loss(tree, x, state):
         mixer = nnx.merge(graphdef, tree)
-        y, state, auxiliary = mixer.with_auxiliary(x, state, ids)
+        y, state, auxiliary = mixer.with_auxiliary(x, None if state is None else state | counts, ids)
         out = [y] if state is None else [y, mixer(x[:, :1], state)[0]]
         # LightNet's running sums are logarithms, some of nothing.
         out += [jax.nn.sigmoid(s) if name == "sum" else s for name, s in sorted((state or {}).items())]
@@ -418,9 +429,10 @@ def test_shards_of_a_sequence_give_the_values_and_gradients_of_one_device(case, 
     jax.tree.map_with_path(close, got, expected)
 
 
-@pytest.mark.parametrize(
-    "rule", ["gated_deltanet", *(pytest.param(r, marks=pytest.mark.slow) for r in ("lightnet", "rwkv7", "hgrn", "s4d"))]
-)
+SHARD_CAUSALITY = ("lightnet", "rwkv7", "hgrn", "s4d", "log_linear")
+
+
+@pytest.mark.parametrize("rule", ["gated_deltanet", *(pytest.param(r, marks=pytest.mark.slow) for r in SHARD_CAUSALITY)])
 def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule):
     mixer, x, ids = make(**SPLIT[rule]), rows(32), documents()
     with use_mesh(make_mesh({"data": 1, "sequence": 4}, jax.devices()[:4])):
@@ -439,7 +451,7 @@ def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule
 def test_traffic_between_shards_does_not_depend_on_the_number_of_tokens(rule, gathered, monkeypatch):
     if not gathered:
         monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)
-    graphdef, tree = params_lib.split(make(**RULES[rule]))
+    graphdef, tree = params_lib.split(make(**RULES[rule], max_length=512))
     # Nothing but the sequence is split: other axes, of one device, would have collectives that send nothing.
     mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
     rules = {name: ("sequence",) if name == "sequence" else () for name in DEFAULT_RULES}
@@ -477,5 +489,11 @@ def test_input_that_does_not_fit_is_named():
         MoMSettings(rule="gla", gates="channel")
     with pytest.raises(ValueError, match="negative_eigenvalues goes with rule=deltanet, gated_deltanet, kda, not .*=rwkv7"):
         MoMSettings(rule="rwkv7", negative_eigenvalues=True)
+    with pytest.raises(UserError, match="mom.max_length=16 is less than the 17 tokens of a row"):
+        make(rule="log_linear")(rows(17))
+    with pytest.raises(UserError, match="mom.max_length=16 is less than the 17 tokens of a row"):
+        make(rule="log_linear").init_state(1, 17, jnp.float32)
+    with pytest.raises(UserError, match="expand_k: rule=s4d has 3 states a channel, which must be even"):
+        make(rule="s4d", expand_k=0.5)
     with pytest.raises(UserError, match="memories=5 are more than the 3 tokens of a row"):
         make(memories=5)(rows(3))

@@ -50,6 +50,7 @@ MIXERS = {
     "mla": MLASettings(heads=2, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
     "mom": MoMSettings(heads=2, chunk_size=8),
     "mom-hgrn2": MoMSettings(heads=2, rule="hgrn2", chunk_size=8),
+    "mom-log-linear": MoMSettings(heads=2, rule="log_linear", max_length=64, chunk_size=8),
     "mom-s4d": MoMSettings(heads=2, rule="s4d", chunk_size=8),
     "mom-mamba2": MoMSettings(heads=2, rule="mamba2", shared=False, chunk_size=8),
     "deltanet": DeltaNetSettings(heads=2, chunk_size=8),
@@ -182,7 +183,7 @@ MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "samba": samba, "s
 SLOW = {
     "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
     "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "mom-s4d",
-    "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco",
+    "mom-log-linear", "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco",
 }  # fmt: skip
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
 

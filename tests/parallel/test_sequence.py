@@ -23,7 +23,7 @@ from jaxlm.ops.fast_weights import memora, moneta, ttt_linear, yaad
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.log_linear import LogLinearState, log_linear_attention
 from jaxlm.ops.logsumexp import running_logsumexp
-from jaxlm.ops.segments import positions_in_runs, resets, run_index
+from jaxlm.ops.segments import counts_in_runs, positions_in_runs, resets, run_index
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
@@ -283,13 +283,22 @@ def test_traffic_does_not_depend_on_the_number_of_tokens(case, gathered, monkeyp
     assert any(kind == ("all-gather" if gathered else "collective-permute") for kind, _ in sent[0])
 
 
-def test_resets_runs_and_positions_know_the_shards_before():
-    def all_three(ids):
-        reset = resets(ids)
-        return reset, run_index(reset), positions_in_runs(reset, jnp.asarray([5, 7]), T)
+def test_resets_runs_positions_and_counts_know_the_shards_before():
+    counted = jnp.asarray(np.random.default_rng(0).integers(0, 3, size=(B, T, 2)))
+    start = np.asarray([[5, 0], [7, 1]])
 
+    def all_four(ids):
+        reset = resets(ids)
+        counts = counts_in_runs(counted, reset, jnp.asarray(start))
+        return reset, run_index(reset), positions_in_runs(reset, jnp.asarray([5, 7]), T), counts
+
+    expected = all_four(documents())
+    for b, t in np.ndindex(B, T):
+        [*starts] = np.flatnonzero(expected[0][b, : t + 1])
+        before = start[b] if not starts else 0
+        np.testing.assert_array_equal(expected[3][b, t], before + counted[b, starts[-1] if starts else 0 : t].sum(0))
     for shards in (2, 8):
-        for x, y in zip(split(all_three, shards)(documents()), all_three(documents()), strict=True):
+        for x, y in zip(split(all_four, shards)(documents()), expected, strict=True):
             np.testing.assert_array_equal(x, y)
 
 

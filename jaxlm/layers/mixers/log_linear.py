@@ -19,6 +19,9 @@ from jaxlm.parallel.context import constrain
 from jaxlm.params import param
 from jaxlm.schema import Schema, UserError
 
+# Of level scales: softplus of it is 1.
+LEVEL_BIAS = math.log(math.e - 1)
+
 
 class LogLinearSettings(Schema):
     """Linear attention that keeps log2(T) + 1 states of doubling age and weighs them anew at each token."""
@@ -44,6 +47,15 @@ class LogLinearSettings(Schema):
         return 2.0 * self.heads * keys * values * (levels_for(context) + 1)
 
 
+def check_length(kind: str, max_length: int, length: int) -> None:
+    """Raises UserError for rows of more tokens than a mixer has levels for."""
+    if length > max_length:
+        raise UserError(
+            f"{kind}.max_length={max_length} is less than the {length} tokens of a row; "
+            f"set it to at least {length}, which adds levels (and parameters), or shorten the rows"
+        )
+
+
 class LogLinearAttention(nnx.Module):
     """o_t = sum_{s<=t} lambda_t[level(t, s)] exp(g_{s+1} + .. + g_t) (q_t . k_s) v_s / sqrt(K)   (eq. 4, section 3).
 
@@ -62,14 +74,13 @@ class LogLinearAttention(nnx.Module):
         self.a_log = param(jnp.log(rates), ("heads",), "dynamics")
         self.dt_bias = param(dt_bias(rngs.params(), (heads,), 1e-3, 0.1), ("heads",), "dynamics")
         self.level = Dense(width, heads * self.levels, axes=("embed", "heads"), rngs=rngs)
-        # softplus of this is 1.
-        self.level_bias = param(jnp.full((heads, self.levels), math.log(math.e - 1)), ("heads", None), "dynamics")
+        self.level_bias = param(jnp.full((heads, self.levels), LEVEL_BIAS), ("heads", None), "dynamics")
         self.output = HeadOutput(context, self.value_dim * heads, self.value_dim, gate=settings.output_gate, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T D"], state: State | None = None, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], State]:
-        self._check_length(x.shape[1])
+        check_length("log_linear", self.settings.max_length, x.shape[1])
         q, k, v, convolution = self.qkv(x, state, segment_ids)
         dt = constrain(self.decay(x), "batch", "sequence", "heads").astype(jnp.float32)
         log_decay = -jnp.exp(self.a_log[...]) * jax.nn.softplus(dt + self.dt_bias[...])
@@ -82,14 +93,7 @@ class LogLinearAttention(nnx.Module):
         )  # fmt: skip
         return self.output(o, x), {"recurrent": recurrent, **convolution}
 
-    def _check_length(self, length: int) -> None:
-        if length > self.settings.max_length:
-            raise UserError(
-                f"log_linear.max_length={self.settings.max_length} is less than the {length} tokens of a row; "
-                f"set it to at least {length}, which adds levels (and parameters), or shorten the rows"
-            )
-
     def init_state(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> State:
-        self._check_length(length)
+        check_length("log_linear", self.settings.max_length, length)
         recurrent = log_linear_state(batch, self.levels, self.settings.heads, self.key_dim, self.value_dim)
         return {"recurrent": recurrent, **self.qkv.init_state(batch, dtype)}

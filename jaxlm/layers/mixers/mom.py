@@ -16,23 +16,25 @@ from jaxlm.layers.linear import Dense
 from jaxlm.layers.mixers.common import ChunkSize, HeadOutput, LayerContext, State, head_size, recurrent_flops
 from jaxlm.layers.mixers.delta import l2_normalise
 from jaxlm.layers.mixers.hgrn import forget_gate
+from jaxlm.layers.mixers.log_linear import LEVEL_BIAS, check_length
 from jaxlm.layers.mixers.mamba2 import dt_bias
 from jaxlm.layers.mixers.minimal import MinGRU, MinLSTM
 from jaxlm.layers.mixers.mom_memories import DELTA_RULES, DIAGONAL, read_memories
 from jaxlm.layers.mixers.retention import head_log_decay
 from jaxlm.layers.mixers.rwkv7 import DECAY_BOUND, initial_channels, initial_mix, token_shift
 from jaxlm.layers.mixers.s4d import S4DFilter, S4DSettings
+from jaxlm.ops.log_linear import levels_for
 from jaxlm.ops.logsumexp import running_logsumexp
-from jaxlm.ops.segments import resets, run_index
+from jaxlm.ops.segments import counts_in_runs, resets, run_index
 from jaxlm.parallel.context import constrain
 from jaxlm.params import param
 from jaxlm.schema import Schema, UserError
 
 # The log decay's projection: one number a head, or one a key channel through a low rank.
-SCALAR_GATES = ("simple_gla", "mamba2", "gated_deltanet")
+SCALAR_GATES = ("simple_gla", "mamba2", "gated_deltanet", "log_linear")
 VECTOR_GATES = ("gla", "kda")
 # Decays of a rate and a step size.
-STEPS = ("mamba2", "gated_deltanet", "kda")
+STEPS = ("mamba2", "gated_deltanet", "kda", "log_linear")
 # Decays that do not depend on the data, by the name that `head_log_decay` has for them.
 FIXED = {"retention": "retnet", "lightning": "lightning"}
 # Rules without queries and keys.
@@ -54,12 +56,14 @@ class MoMSettings(Schema):
     rule: Literal[
         "linear", "retention", "lightning", "simple_gla", "gla", "hgrn2", "lightnet", "mamba2",
         "deltanet", "gated_deltanet", "kda", "rwkv7", "hgrn", "mingru", "minlstm", "mamba", "s4d",
+        "log_linear",
     ] = Field(
         "gated_deltanet",
         description="Recurrence of a memory. Decay: none in linear and deltanet; fixed in retention and lightning; a gate a "
-        "head in simple_gla, mamba2 and gated_deltanet; a gate a key channel in gla, hgrn2, kda and rwkv7; of a running sum "
-        "in lightnet. States of value channels alone, without keys, in hgrn, mingru and minlstm; of value channels that keep "
-        "as many numbers as a head has key channels in mamba, and in s4d, whose decay does not depend on the data.",
+        "head in simple_gla, mamba2, gated_deltanet and log_linear; a gate a key channel in gla, hgrn2, kda and rwkv7; of a "
+        "running sum in lightnet. States of value channels alone, without keys, in hgrn, mingru and minlstm; of value channels "
+        "that keep as many numbers as a head has key channels in mamba, and in s4d, whose decay does not depend on the data; "
+        "a state a level in log_linear.",
     )  # fmt: skip
     gates: Literal["head", "channel"] = Field(
         "head",
@@ -85,6 +89,9 @@ class MoMSettings(Schema):
         ge=0,
         description="Width of a short convolution on q, k and v; 0 for none. The k of hgrn2 and lightnet, which sets their "
         "decay, has none, nor have the gates of hgrn, mingru and minlstm, nor rwkv7, which has a token shift.",
+    )
+    max_length: int = Field(
+        2048, gt=0, description="Most tokens of a row of log_linear: sets the number of its levels, ceil(log2) + 1."
     )
     output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
     balance: float = Field(0.01, ge=0, description="Coefficient of the auxiliary loss that spreads tokens over memories.")
@@ -114,6 +121,8 @@ class MoMSettings(Schema):
             return "dplr_delta_rule"
         if self.rule in (*DIAGONAL, "mamba", "s4d"):
             return "diagonal_recurrence"
+        if self.rule == "log_linear":
+            return "log_linear_attention"
         return "delta_rule" if self.rule in DELTA_RULES else "linear_attention"
 
     def sizes(self, width: int) -> tuple[int, int]:
@@ -128,6 +137,9 @@ class MoMSettings(Schema):
             # As the mixers of these names count.
             a_channel = {"mamba": 6.0 * keys, "s4d": 5.5 * keys}.get(self.rule, 2.0)
             return (self.top_k + self.shared) * a_channel * self.heads * values
+        if self.rule == "log_linear":
+            # A level read costs as much as a write.
+            return (self.top_k + self.shared) * (levels_for(context) + 1) / 2 * recurrent_flops(self.heads, keys, values)
         # A delta rule also reads the state by the key, 2KV more; RWKV-7 by a, and writes by b.
         more = {"dplr_delta_rule": 2.0, "delta_rule": 1.5, "linear_attention": 1.0}[self.op]
         return (self.top_k + self.shared) * more * recurrent_flops(self.heads, keys, values)
@@ -257,6 +269,9 @@ class MoM(nnx.Module):
     and the step's bias are common; step, B and C are projections of the token, as in Mamba-2, where Mamba has them of what
     the convolution gives. The filter of s4d (S4D-Lin by zero-order hold: rates, steps, C and D) is common.
 
+    log_linear counts the tokens of the document that a memory gets: its levels are of these. The level scales, of the token
+    that reads, are common like its query.
+
     RWKV-7's token shift stands before the router, so its inputs see the token before in the row, whatever memory that goes
     to. r, the mixes, k_k, k_a, r_k and the biases of w and a are common; k, v and the low-rank w and a (rank gate_rank) are
     each memory's. The bonus term is added a memory, in front of the common norm and gate, which stand in for its group norm
@@ -317,6 +332,10 @@ class MoM(nnx.Module):
         mamba = rule == "mamba"
         self.selection = _Selection(settings, width, memories, values, self.key_dim, rngs=rngs) if mamba else None
         self.filter = S4DFilter(S4DSettings(state=self.key_dim), values, rngs=rngs) if rule == "s4d" else None
+        self.levels = levels_for(settings.max_length) if rule == "log_linear" else 0
+        self.level = Dense(width, heads * self.levels, axes=("embed", "heads"), rngs=rngs) if self.levels else None
+        bias = jnp.full((heads, self.levels), LEVEL_BIAS)
+        self.level_bias = param(bias, ("heads", None), "dynamics") if self.levels else None
         self.output = HeadOutput(context, values, self.value_dim, gate=settings.output_gate, rngs=rngs)
 
     def __call__(
@@ -336,13 +355,16 @@ class MoM(nnx.Module):
         its own loss.
 
         Raises:
-          UserError: if there are more memories than tokens, unless a state is given.
+          UserError: if there are more memories than tokens, unless a state is given; of log_linear, if there are more than
+            `max_length` tokens.
         """
         settings = self.settings
         if state is None and x.shape[1] < settings.memories:
             raise UserError(
                 f"mom: memories={settings.memories} are more than the {x.shape[1]} tokens of a row; use fewer or longer rows"
             )
+        if settings.rule == "log_linear":
+            check_length("mom", settings.max_length, x.shape[1])
         kernel = self.router.kernel[...].astype(jnp.float32)
         scores = jax.nn.softmax(jnp.matmul(x.astype(jnp.float32), kernel, precision="highest"), axis=-1)
         # Not lax.top_k, which XLA gathers from all devices; a sort of the few memories stays where its rows are.
@@ -358,11 +380,17 @@ class MoM(nnx.Module):
             weights = jnp.concatenate([weights, everyone.astype(weights.dtype)], axis=-1)
 
         tokens, new_state = self._tokens(x, routed, state, segment_ids)
-        run = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else run_index(resets(segment_ids))
+        reset = None if segment_ids is None else resets(segment_ids)
+        run = jnp.zeros(x.shape[:2], jnp.int32) if reset is None else run_index(reset)
+        positions = None
+        if settings.rule == "log_linear":
+            start = jnp.zeros_like(routed[:, 0]) if state is None else state["position"]
+            positions = counts_in_runs(routed, reset, start)
+            new_state["position"] = positions[:, -1] + routed[:, -1]
         taps = {name: convolution.weight[...] for name, convolution in self.convolve.items()}
         memory = None if state is None else {name: state[name] for name in ("recurrent", *taps)}
         o, memory = read_memories(
-            settings.rule, settings.chunk_size, taps, self._common(), tokens, (routed, chosen, run), weights, memory
+            settings.rule, settings.chunk_size, taps, self._common(), tokens, (routed, chosen, run, positions), weights, memory
         )
         y = self.output(constrain(o, "batch", "sequence", "heads", None), x)
         return y, None if state is None else {**new_state, **memory}, auxiliary
@@ -420,6 +448,9 @@ class MoM(nnx.Module):
                 tokens["step"] = step
         if self.selection is not None:
             tokens["step"] = self._heads(self.selection(x))
+        if self.level is not None:
+            level = self._heads(self.level(x)[:, :, None]).astype(jnp.float32)
+            tokens["scales"] = jax.nn.softplus(level + self.level_bias[...])
         if self.beta is not None:
             beta = (1 + settings.negative_eigenvalues) * jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
             tokens["beta"] = beta if self.write is None else self._heads(beta)
@@ -453,11 +484,15 @@ class MoM(nnx.Module):
         convolution = {name: conv.init_state(batch * memories, dtype) for name, conv in self.convolve.items()}
         keys, values = self.key_dim, self.value_dim
         channels = {"mamba": (values, keys), "s4d": (values, 2, keys // 2), **dict.fromkeys(DIAGONAL, (values,))}
+        channels["log_linear"] = (self.levels - 1, keys, values)
         size = channels.get(self.settings.rule, (keys, values))
         state = {
             "recurrent": jnp.zeros((batch, memories, heads, *size), jnp.float32),
             **{name: s.reshape(batch, memories, *s.shape[1:]) for name, s in convolution.items()},
         }
+        if self.settings.rule == "log_linear":
+            check_length("mom", self.settings.max_length, length)
+            state["position"] = jnp.zeros((batch, memories), jnp.int32)
         if self.settings.rule == "lightnet":
             state["sum"] = jnp.full((batch, memories, heads, self.key_dim), NO_LOGIT, jnp.float32)
         if self.settings.rule == "rwkv7":

@@ -29,6 +29,7 @@ from jaxlm.ops.diagonal import (
     ssm_transition,
 )
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.ops.log_linear import apply_digits, log_linear_state, log_linear_transition, run_log_linear
 from jaxlm.ops.segments import resets
 from jaxlm.parallel import sequence
 from jaxlm.parallel.context import constrain
@@ -39,7 +40,7 @@ MATRIX_RULES = (*DELTA_RULES, "rwkv7")
 # Rules of one number a channel.
 DIAGONAL = ("hgrn", "mingru", "minlstm")
 # What a transition does to a state, or to another one; elementwise in the others.
-APPLY = {**dict.fromkeys(MATRIX_RULES, sequence.apply_matrix), "s4d": pair_product}
+APPLY = {**dict.fromkeys(MATRIX_RULES, sequence.apply_matrix), "s4d": pair_product, "log_linear": apply_digits}
 
 
 class _Groups(NamedTuple):
@@ -161,7 +162,8 @@ def read_memories(
       common: what all tokens and memories have in common [H, *]: see `MoM._common`.
       tokens: as `MoM._tokens` gives them.
       routing: routed [B, T, R], 1 where a token goes to a memory; chosen [B, T, X], the memories that it goes to; run
-        [B, T], the index of its document.
+        [B, T], the index of its document; for log_linear positions [B, T, R], how many tokens of the document a memory has
+        got before, else None.
       weights: of the chosen memories' outputs.
     """
     batch, length, heads = *weights.shape[:2], tokens["v"].shape[3]
@@ -188,7 +190,7 @@ def read_memories(
 
     o, new = sequence.shard_map(
         local, {"batch": batch, sequence.AXIS: length, "heads": heads},
-        (dict.fromkeys(taps, (None, "heads", None)), common_axes, token_axes, (per_token,) * 3, per_token, state_axes),
+        (dict.fromkeys(taps, (None, "heads", None)), common_axes, token_axes, (per_token,) * 4, per_token, state_axes),
         ((*per_token, "heads", None), state_axes or {}), taps, common, tokens, routing, weights, state,
     )  # fmt: skip
     return o, {name: flat(x) if name in taps else x for name, x in new.items()}
@@ -196,7 +198,7 @@ def read_memories(
 
 def _read_span(rule: str, chunk_size: int, shard: bool, taps, common, tokens, routing, weights, state) -> tuple[Array, State]:
     """`read_memories` of whole rows, or of a shard's span of them inside `sequence.shard_map`."""
-    routed, chosen, run = routing
+    routed, chosen, run, positions = routing
     batch, length, memories = routed.shape
     chunk = size = min(chunk_size, 1 << (length - 1).bit_length())
     if shard:
@@ -210,6 +212,7 @@ def _read_span(rule: str, chunk_size: int, shard: bool, taps, common, tokens, ro
         run_before = sequence.halo(run, run_before)
     place = lambda x: constrain(x, "batch", None, "heads", *[None] * (x.ndim - 3))  # noqa: E731
     values = {name: place(groups.gather(x)) for name, x in tokens.items()}
+    positions = None if positions is None else groups.gather(positions)
     new_state = {}
 
     for name, weight in taps.items():
@@ -225,13 +228,14 @@ def _read_span(rule: str, chunk_size: int, shard: bool, taps, common, tokens, ro
         values["v"] = (values.pop("step")[..., None] * v).astype(v.dtype)
     if rule in DELTA_RULES:
         values |= {name: l2_normalise(values[name]) for name in ("q", "k")}
-    values = {name: x if name in ("q", "a") else groups.fill(x) for name, x in values.items()}
+    values = {name: x if name in ("q", "a", "scales") else groups.fill(x) for name, x in values.items()}
     if state is None and not shard:
         # Memories follow each other in one row as documents do.
         ids = groups.ids * memories + jnp.repeat(groups.memory, size, axis=1)
-        o, _ = _recur(rule, chunk, common, _Rows(values, ids, jnp.full(batch, ids.shape[1])), None)
+        o, _ = _recur(rule, chunk, common, _Rows(values, ids, jnp.full(batch, ids.shape[1]), positions), None)
     else:
-        rows = _Rows({name: groups.blocks(x) for name, x in values.items()}, groups.blocks(groups.ids), groups.lengths())
+        blocks = jax.tree.map(groups.blocks, (values, groups.ids, positions))
+        rows = _Rows(blocks[0], blocks[1], groups.lengths(), blocks[2])
         recur = partial(_recur, rule, chunk, common)
         fresh = groups.fresh(run_before)
         entering = None if state is None else state["recurrent"]
@@ -330,6 +334,7 @@ class _Rows(NamedTuple):
     values: dict[str, Array]  # [N, L, H, *]
     ids: Int[Array, "N L"]
     lengths: Int[Array, " N"]
+    positions: Int[Array, "N L"] | None  # of tokens, see `read_memories`
 
 
 def _transition(rule: str, recur: Callable, common: dict[str, Array], rows: _Rows, written: Array) -> Array:
@@ -344,6 +349,9 @@ def _transition(rule: str, recur: Callable, common: dict[str, Array], rows: _Row
         factor = common["factor"]
         power = ssm_transition(factor.reshape(-1, *factor.shape[2:]), reset, v.shape[1], rows.lengths)
         return power.reshape(-1, *factor.shape)
+    if rule == "log_linear":
+        moved = log_linear_transition(*_log_linear_inputs(rows))
+        return jnp.where(_over(rows.lengths == 0, moved), jnp.eye(moved.shape[-1], dtype=moved.dtype), moved)
     # What the op makes of the identity when nothing is written.
     size = values["k"].shape[-1]
     identity = jnp.eye(size, dtype=written.dtype) if rule in MATRIX_RULES else jnp.ones((size, 1), written.dtype)
@@ -377,6 +385,22 @@ def _recur(
             form="recurrent" if v.shape[1] == 1 else "chunked", chunk_size=chunk_size, lengths=rows.lengths,
         )  # fmt: skip
         return y.reshape(v.shape), state.reshape(-1, *factor.shape)
+    if rule == "log_linear":
+        (q, _, v, _, scales), *_ = inputs = _log_linear_inputs(rows)
+        if initial is None:
+            initial = log_linear_state(q.shape[0], scales.shape[3], *q.shape[2:], v.shape[3]).digits
+        o, digits = run_log_linear(q.shape[3] ** -0.5, chunk_size, *inputs, initial)
+        return o.astype(v.dtype), jnp.where(_over(rows.lengths == 0, digits), initial, digits)
     op = dplr_delta_rule if rule == "rwkv7" else delta_rule if rule in DELTA_RULES else linear_attention
     scale = {"scale": 1.0} if rule in ("mamba2", "rwkv7") else {}
     return op(**values, **scale, initial_state=initial, **options)
+
+
+def _log_linear_inputs(rows: _Rows) -> tuple[tuple[Array, ...], Int[Array, "N L"], Int[Array, " N"]]:
+    """`inputs`, `positions` and `after` of `run_log_linear`, for rows that have tokens."""
+    values = rows.values
+    log_decay = jnp.where(resets(rows.ids)[..., None], -jnp.inf, values["log_decay"])
+    last = jnp.maximum(rows.lengths - 1, 0)[:, None]
+    after = _take(rows.positions, last) + 1
+    positions = jnp.where(jnp.arange(rows.ids.shape[1]) > last, after, rows.positions)
+    return (values["q"], values["k"], values["v"], log_decay[..., None], values["scales"]), positions, after[:, 0]
