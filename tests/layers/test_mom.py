@@ -360,6 +360,15 @@ def test_the_router_learns_from_the_output_and_from_the_loss(rule):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), again, output)
 
 
+@pytest.mark.slow
+def test_sums_of_memories_without_tokens_have_gradients_that_are_numbers():
+    """LightNet's: a memory may have got none so far, nor before the row."""
+    mixer, x = make(rule="lightnet"), rows(3)
+    gradients = jax.grad(lambda state: jnp.sum(jnp.sin(call(mixer, x, state)[0])))(mixer.init_state(2, 3, jnp.float32))
+    jax.tree.map(lambda gradient: np.testing.assert_array_equal(np.isfinite(gradient), True), gradients)
+    assert np.any(gradients["recurrent"])
+
+
 @pytest.mark.parametrize("rule", [r if r == "gla" else pytest.param(r, marks=pytest.mark.slow) for r in RULES])
 def test_rows_of_a_batch_stay_on_their_devices(rule):
     mixer, x = make(**RULES[rule]), rows()
