@@ -157,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--kernels", type=names, metavar="A,B", help="such as linear_attention-vector (default: all)")
     sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x, h100 (default: all; --quick: v5e)")
     sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row, in rows of 32,768 in all")
-    sub.add_argument("--forms", type=names, metavar="A,B", help="on a GPU: also recurrent, or kernel alone")
+    sub.add_argument("--forms", type=names, metavar="A,B", help="kernel alone, or also chunked; on a GPU also recurrent")
     for letter, what, value in (
         ("B", "rows, where kernels are compiled", 2), ("T", "tokens, likewise", 4096), ("H", "heads", 8),
         ("K", "key channels", 128), ("V", "value channels", 128),
@@ -360,7 +360,7 @@ def bench_kernels_command(arguments: argparse.Namespace) -> None:
         return
     shape = Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.V)
     chips = arguments.chips or (["v5e"] if arguments.quick else None)
-    kernels.run(arguments.output, names=arguments.kernels, chips=chips, shape=shape)
+    kernels.run(arguments.output, names=arguments.kernels, chips=chips, shape=shape, forms=arguments.forms)
 
 
 def parse_sources(text: Sequence[str] | None, sources: Sequence[str] | None) -> list:

@@ -79,7 +79,9 @@ def flattened(function: Callable, arguments, tokens: tuple[int, int, int]):
 
 def flops(op: str, direction: str, shape: Shape, chunk: int) -> int:
     """Of the matrix products in chunks, scores of all levels of a vector decay counted once, the delta rule's inverse as exact
-    as its blocks: 2 / 3 C^2 a token."""
+    as its blocks: 2 / 3 C^2 a token. The diagonal recurrence has none."""
+    if op == "diagonal_recurrence":
+        return 0
     _, _, _, K, V = shape
     products = {
         ("linear_attention", "forward"): 4 * K * V + 2 * chunk * (K + V),
@@ -91,8 +93,12 @@ def flops(op: str, direction: str, shape: Shape, chunk: int) -> int:
 
 
 def least_bytes(op: str, direction: str, decay: str, shape: Shape, itemsize: int = 2) -> int:
-    """Every input read once and every output written once, without what the forward saves for the backward."""
+    """Every input read once and every output written once, without what the forward saves for the backward. The diagonal
+    recurrence has float32 channels, K a head."""
     _, _, _, K, V = shape
+    if op == "diagonal_recurrence":
+        # a, b and h; a, h and the cotangent of h, those of a and b.
+        return shape.B * shape.T * shape.H * 4 * K * (3 if direction == "forward" else 5)
     gates = 4 * {"none": 0, "scalar": 1, "vector": K}[decay] + (4 if op == "delta_rule" else 0)
     a_token = itemsize * (2 * K + 2 * V) + gates
     if direction == "backward":

@@ -35,7 +35,7 @@ DIRECTIONS = ("forward", "forward and backward")
 
 
 def kernel_names(chip: str) -> list[str]:
-    """"op-decay" of every op whose GPU kernel runs on a chip for heads of 128 channels; of float32 for the diagonal op."""
+    """Names "op-decay" of every op whose GPU kernel runs on a chip: heads of 128 channels, float32 for the diagonal op."""
     names = []
     for op in cases.OPS:
         module = kernels.module(op, "gpu")
@@ -83,13 +83,6 @@ def inputs(op: str, decay: str, shape: cases.Shape) -> dict[str, jax.Array]:
     if op == "delta_rule":
         arrays["beta"] = jax.nn.sigmoid(jax.random.normal(keys[4], (B, T, H)))
     return arrays
-
-
-def least_bytes(op: str, direction: str, decay: str, shape: cases.Shape) -> int:
-    """Every input read once and every output written once."""
-    if op != "diagonal_recurrence":
-        return cases.least_bytes(op, direction, decay, shape)
-    return 4 * shape.B * shape.T * shape.H * shape.K * (3 if direction == "forward" else 5)
 
 
 def ours(op: str, form: str) -> Callable:
@@ -218,10 +211,10 @@ def run(
             result["rows"] = rows
             shape = cases.Shape(max(1, TOKENS // T), T, H, K, V)
             arrays = inputs(op, decay, shape)
-            least = least_bytes(op, "forward", decay, shape)
+            least = cases.least_bytes(op, "forward", decay, shape)
             for direction in DIRECTIONS:
                 if direction != "forward":
-                    least += least_bytes(op, "backward", decay, shape)
+                    least += cases.least_bytes(op, "backward", decay, shape)
                 for form in (*forms, *peers):
                     row = {"op": op, "decay": decay, "direction": direction, "form": form, "B": shape.B, "T": T}
                     row["floor_ms"] = least / rate * 1e-9

@@ -25,6 +25,7 @@ from rich.console import Console
 from jaxlm.bench.report import chosen, environment, new_figure, print_table, write_json
 from jaxlm.ops import kernels
 from jaxlm.ops.delta_rule import delta_rule
+from jaxlm.ops.diagonal import diagonal_recurrence
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.schema import UserError
 from pallas_kernels import aot, cases
@@ -49,16 +50,26 @@ CHIPS = {
 GPU = "h100"
 GPU_BANDWIDTH = 3352  # GB/s
 OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule}
+DIAGONAL = "diagonal_recurrence"
 
 
 def kernel_names() -> list[str]:
-    """"op-decay" of every op that has a TPU kernel."""
+    """Names "op-decay" of every op that has a TPU kernel; the diagonal one, of float32, has K channels a head."""
     known = {"H": 8, "K": 128, "V": 128, "dtype": jnp.bfloat16, "chip": "TPU v5 lite"}
     names = []
     for op in cases.OPS:
         module = kernels.module(op, "tpu")
         names += [f"{op}-{decay}" for decay in cases.DECAYS if module and module.declines(decay=decay, **known) is None]
-    return names
+    return [*names, f"{DIAGONAL}-vector"]
+
+
+def kernel(op: str, direction: str, decay: str, platform: str, shape: cases.Shape) -> tuple[str, dict[str, Any]]:
+    """Target and arguments of `pallas_kernels.aot.report`."""
+    if op == DIAGONAL:
+        sizes = {"B": shape.B, "T": shape.T, "D": shape.H * shape.K}
+        return "pallas_kernels.cases:diagonal", {"direction": direction, "platform": platform} | sizes
+    case = {"op": op, "direction": direction, "decay": decay, "platform": platform}
+    return "pallas_kernels.cases:abstract", case | shape._asdict()
 
 
 HOUR = 3600.0  # seconds; the chunked delta rule of long rows compiles for minutes, on a busy machine for tens of them
@@ -68,6 +79,15 @@ def chunked(op: str, direction: str, decay: str, dtype: str = "bfloat16", **size
     """The chunked form as `pallas_kernels.cases.abstract` has the kernel: forward, or forward and backward."""
     B, T, H, K, V = cases.Shape(**sizes)
     low, precise = partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype)), partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    if op == DIAGONAL:
+        channels, state = precise((B, T, H * K)), precise((B, H * K))
+        recur = partial(diagonal_recurrence, form="chunked")
+
+        def recur_both(log_a, b, *d_out):
+            out, pull = jax.vjp(recur, log_a, b)
+            return out, pull(d_out)
+
+        return (recur, (channels, channels)) if direction == "forward" else (recur_both, (channels, channels, channels, state))
     arrays = {"q": low((B, T, H, K)), "k": low((B, T, H, K)), "v": low((B, T, H, V))}
     if op == "delta_rule":
         arrays["beta"] = precise((B, T, H))
@@ -101,17 +121,21 @@ def run(
     names: Sequence[str] | None = None,
     chips: Sequence[str] | None = None,
     shape: cases.Shape | None = None,
+    forms: Sequence[str] | None = None,
 ) -> dict:
     """Compile, print the table, write OUTPUT/kernels.json and draw OUTPUT/kernels.png.
 
     Args:
       names: of `kernel_names()`; None for all. chips: of `CHIPS` and "h100"; None for those whose compiler is installed.
       shape: None for the default of `pallas_kernels.cases`.
+      forms: ("kernel",) leaves out the chunked form, whose bytes the TPU kernels' are compared with; it may compile for
+        minutes.
 
     Raises:
       UserError: for names that are not there, and where a chip's compiler is not installed.
     """
     names = chosen(names, kernel_names(), "--kernels")
+    forms = chosen(forms or ("kernel", "chunked"), ("kernel", "chunked"), "--forms")
     tpu, gpu = (importlib.util.find_spec(module) is not None for module in ("libtpu", "jax_cuda13_plugin"))
     chips = chosen(chips, [*CHIPS, GPU], "--chips") if chips else [*CHIPS] * tpu + [GPU] * gpu
     shape = shape or cases.Shape()
@@ -130,7 +154,7 @@ def run(
             if chip == GPU:
                 gpu_rows += _compiled_for_gpu(console, op, decay, shape)
             else:
-                rows += _compiled(console, op, decay, chip, shape)
+                rows += _compiled(console, op, decay, chip, shape, "chunked" in forms)
             write_json(output / "kernels.json", result)  # minutes a row: none is lost if the rest is
     if gpu_rows:
         print_table(*gpu_table(result))
@@ -142,16 +166,16 @@ def run(
     return result
 
 
-def _compiled(console: Console, op: str, decay: str, chip: str, shape: cases.Shape) -> list[dict[str, Any]]:
+def _compiled(console: Console, op: str, decay: str, chip: str, shape: cases.Shape, with_chunked: bool) -> list[dict[str, Any]]:
     tokens = shape.B * shape.T * shape.H
     sizes, chunk = shape._asdict(), kernels.module(op, "tpu").CHUNK
     rows = []
     for direction in cases.DIRECTIONS:
         console.print(f"{op}, {decay}, {direction}, {chip}", markup=False, highlight=False)
         case = {"op": op, "direction": direction, "decay": decay}
-        report = aot.report(chip, "pallas_kernels.cases:abstract", case | {"platform": "tpu"} | sizes, timeout=HOUR)
-        plain = aot.report(chip, "jaxlm.bench.kernels:chunked", case | sizes, schedules=False, timeout=HOUR)
+        report = aot.report(chip, *kernel(op, direction, decay, "tpu", shape), timeout=HOUR)
         found = report["kernels"]
+        floor = floors(op, direction, decay, CHIPS[chip], shape, chunk)
         rows.append(case | {
             "chip": chip,
             "device_kind": report["device_kind"],
@@ -160,10 +184,13 @@ def _compiled(console: Console, op: str, decay: str, chip: str, shape: cases.Sha
             "spills": sum(kernel["spills"] for kernel in found),
             "vmem_bytes": max(kernel["vmem_bytes"] for kernel in found),
             "hbm_bytes": report["hbm_bytes"] / tokens,
-            "floor": floors(op, direction, decay, CHIPS[chip], shape, chunk),
+            "floor": floor,
+            "roofline_ms": max(floor.values()) * tokens / CHIPS[chip].clock * 1e-6,
         })  # fmt: skip
-        # The chunked backward is compiled with its forward, as a step has it, so this compares the sums up to here.
-        rows[-1]["bytes_of_chunked"] = plain["hbm_bytes"] / tokens / sum(row["hbm_bytes"] for row in rows)
+        if with_chunked:
+            plain = aot.report(chip, "jaxlm.bench.kernels:chunked", case | sizes, schedules=False, timeout=HOUR)
+            # The chunked backward is compiled with its forward, as a step has it, so this compares the sums up to here.
+            rows[-1]["bytes_of_chunked"] = plain["hbm_bytes"] / tokens / sum(row["hbm_bytes"] for row in rows)
     return rows
 
 
@@ -172,7 +199,7 @@ def _compiled_for_gpu(console: Console, op: str, decay: str, shape: cases.Shape)
     for direction in cases.DIRECTIONS:
         console.print(f"{op}, {decay}, {direction}, {GPU}", markup=False, highlight=False)
         case = {"op": op, "direction": direction, "decay": decay}
-        found = aot.report(GPU, "pallas_kernels.cases:abstract", case | {"platform": "gpu"} | shape._asdict())["kernels"]
+        found = aot.report(GPU, *kernel(op, direction, decay, "gpu", shape))["kernels"]
         moved = sum(kernel["operand_bytes"] for kernel in found)
         least = cases.least_bytes(op, direction, decay, shape)
         rows.append(case | {
@@ -188,11 +215,14 @@ def gpu_table(result: dict) -> tuple[str, list[str], list[list[str]]]:
         "Kernels for Hopper GPUs, bfloat16, " + ", ".join(f"{n}={v}" for n, v in result["settings"].items())
         + f"; NVIDIA's assembler, jax {result['environment']['jax']}, {GPU_BANDWIDTH} GB/s"
     )  # fmt: skip
-    columns = ["kernel", "direction", "of it", "registers", "spill bytes", "KiB shared", "MB", "roofline ms", "floor ms"]
+    columns = [
+        "kernel", "direction", "of it", "registers", "spill bytes", "KiB shared", "MB", "roofline ms", "floor ms", "of floor",
+    ]  # fmt: skip
     rows = []
     for row in result["gpu_rows"]:
         for n, kernel in enumerate(row["kernels"]):
-            bounds = [f"{row['roofline_ms']:.3f}", f"{row['floor_ms']:.3f}"] if n == 0 else ["", ""]
+            floor, roofline = row["floor_ms"], row["roofline_ms"]
+            bounds = [f"{roofline:.3f}", f"{floor:.3f}", f"{floor / roofline:.0%}"] if n == 0 else [""] * 3
             rows.append([
                 f"{row['op']}-{row['decay']}", row["direction"], kernel["name"].removeprefix(f"{row['op']}_"),
                 str(kernel["registers"]), str(kernel["spill_bytes"]), f"{kernel['smem_bytes'] / 1024:.1f}",
@@ -202,25 +232,27 @@ def gpu_table(result: dict) -> tuple[str, list[str], list[list[str]]]:
 
 
 def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: per token and head. The last column is what the chunked form moves, as a multiple of the bytes
-    of the kernels: of the forward, then of forward and backward together."""
+    """Title, columns and rows: per token and head. The roofline is the floor of the whole call as a time. The last column is
+    what the chunked form moves, as a multiple of the bytes of the kernels: of the forward, then of forward and backward
+    together."""
     title = (
         "Static cycles and bytes a token and head, bfloat16, "
         + ", ".join(f"{n}={v}" for n, v in result["settings"].items())
         + f"; libtpu's schedule, jax {result['environment']['jax']}"
     )
     columns = [
-        "kernel", "direction", "chip", "static cycles", "floor", "of floor", "bundles", "spills", "VMEM MiB", "bytes",
-        "chunked moves",
+        "kernel", "direction", "chip", "static cycles", "floor", "of floor", "roofline ms", "bundles", "spills", "VMEM MiB",
+        "bytes", "chunked moves",
     ]  # fmt: skip
     rows = []
     for row in result["rows"]:
         floor = max(row["floor"].values())
         bundles = "+".join(str(kernel["bundles"]) for kernel in row["kernels"])
+        more = f"{row['bytes_of_chunked']:.1f}x" if "bytes_of_chunked" in row else "-"
         rows.append([
             f"{row['op']}-{row['decay']}", row["direction"], row["chip"], f"{row['cycles']:.2f}", f"{floor:.2f}",
-            f"{floor / row['cycles']:.0%}", bundles, str(row["spills"]), f"{row['vmem_bytes'] / 2**20:.1f}",
-            f"{row['hbm_bytes']:.0f}", f"{row['bytes_of_chunked']:.1f}x",
+            f"{floor / row['cycles']:.0%}", f"{row['roofline_ms']:.3f}", bundles, str(row["spills"]),
+            f"{row['vmem_bytes'] / 2**20:.1f}", f"{row['hbm_bytes']:.0f}", more,
         ])  # fmt: skip
     return title, columns, rows
 

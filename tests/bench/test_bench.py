@@ -238,8 +238,8 @@ def test_gpu_kernels_are_listed_one_by_one_under_their_roofline():
     row = {"op": "delta_rule", "decay": "none", "direction": "forward", "kernels": found, "roofline_ms": 0.2, "floor_ms": 0.1}
     _, columns, lines = kernels.gpu_table({"environment": {"jax": "1"}, "settings": {"B": 1}, "gpu_rows": [row]})
     assert len(columns) == len(lines[0])
-    assert lines[0] == ["delta_rule-none", "forward", "inverses", "100", "0", "2.0", "3", "0.200", "0.100"]
-    assert lines[1] == ["delta_rule-none", "forward", "forward", "100", "1", "2.0", "3", "", ""]
+    assert lines[0] == ["delta_rule-none", "forward", "inverses", "100", "0", "2.0", "3", "0.200", "0.100", "50%"]
+    assert lines[1] == ["delta_rule-none", "forward", "forward", "100", "1", "2.0", "3", "", "", ""]
 
 
 def test_kernels_of_a_chip_need_its_compiler(tmp_path, monkeypatch):
