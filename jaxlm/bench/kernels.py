@@ -232,7 +232,8 @@ def gpu_table(result: dict) -> tuple[str, list[str], list[list[str]]]:
 
 
 def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
-    """Title, columns and rows: per token and head. The roofline is the floor of the whole call as a time. The last column is
+    """Title, columns and rows: per token and head. The floor is compared with the static cycles, or with those
+    that the bytes take if they are more; the roofline is the floor of the whole call as a time. The last column is
     what the chunked form moves, as a multiple of the bytes of the kernels: of the forward, then of forward and backward
     together."""
     title = (
@@ -248,10 +249,11 @@ def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
     for row in result["rows"]:
         floor = max(row["floor"].values())
         bundles = "+".join(str(kernel["bundles"]) for kernel in row["kernels"])
+        moved = row["hbm_bytes"] / CHIPS[row["chip"]].bandwidth * CHIPS[row["chip"]].clock
         more = f"{row['bytes_of_chunked']:.1f}x" if "bytes_of_chunked" in row else "-"
         rows.append([
             f"{row['op']}-{row['decay']}", row["direction"], row["chip"], f"{row['cycles']:.2f}", f"{floor:.2f}",
-            f"{floor / row['cycles']:.0%}", f"{row['roofline_ms']:.3f}", bundles, str(row["spills"]),
+            f"{floor / max(row['cycles'], moved):.0%}", f"{row['roofline_ms']:.3f}", bundles, str(row["spills"]),
             f"{row['vmem_bytes'] / 2**20:.1f}", f"{row['hbm_bytes']:.0f}", more,
         ])  # fmt: skip
     return title, columns, rows
