@@ -1,4 +1,4 @@
-"""Norms, rotary positions, feed-forward."""
+"""Norms, rotary positions, feed-forward, and that every mixer has defaults that can be built."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jaxlm.layers.ffn import SwiGLU, SwiGLUSettings
+from jaxlm.layers.mixers import MIXERS
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.norms import LayerNorm, RMSNorm
 from jaxlm.layers.positions import positions_in_segments, rotary
@@ -67,3 +68,11 @@ def test_swiglu_size_and_value():
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
     gate, up = x @ layer.gate.kernel[...], x @ layer.up.kernel[...]
     np.testing.assert_allclose(layer(x)[0], (gate / (1 + jnp.exp(-gate)) * up) @ layer.down.kernel[...], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_the_defaults_of_every_mixer_build_at_usual_widths(kind):
+    settings, module = MIXERS[kind]
+    for width in (512, 1024, 2048):
+        context = LayerContext(width=width, depth=12, index=jnp.asarray(1))
+        nnx.eval_shape(lambda context=context: module(settings(), context, rngs=nnx.Rngs(0)))

@@ -123,6 +123,8 @@ class GatedDeltaNetSettings(DeltaSettings):
 
     kind: Literal["gated_deltanet"] = "gated_deltanet"
     heads: int = Field(6, gt=0, description="Number of heads of queries and keys.")
+    # Six heads divide few widths: the key channels do not follow the model's.
+    head_dim: int = Field(256, gt=0, description="Key channels a head.")
     expand_v: float = Field(2.0, gt=0, description="Value channels a head as a multiple of its key channels.")
     output_gate: bool = Field(True, description="Multiply the normed output by swish of a projection.")
 
