@@ -13,7 +13,10 @@ from jaxlm.params import param
 class Dense(nnx.Module):
     """y = x W (+ b), in x's dtype; the parameters stay in their own.
 
-    The kernel `[in, out]` starts as a truncated normal of standard deviation `gain / sqrt(in)`, the bias at zero.
+    The kernel `[in, out]` starts as a truncated normal of standard deviation `gain / sqrt(in)`, the bias at zero. All
+    mixers' projections start so, outputs into the residual stream with gain (2 depth)^-1/2 (`LayerContext.output_gain`),
+    whatever a family's reference code does. Where a family's own start matters its file has it: RWKV-7's projections,
+    rates and steps (dt, A), S4D, TTT's inner weights.
 
     Args:
       axes: logical axes of the kernel's two dimensions.

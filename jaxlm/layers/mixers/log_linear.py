@@ -61,6 +61,11 @@ class LogLinearAttention(nnx.Module):
 
     g = -exp(a_log) softplus(W_a x + dt_bias) a head, as in Mamba-2; lambda = softplus(W x + level_bias) a head and level,
     which starts at 1 on average, where the layer is scalar-decay linear attention.
+
+    Projections, head norm and gate have the shapes of GLA's. It is not the Mamba-2 block that flash-linear-attention puts
+    around log-linear attention: that has rates 1 to H at the start (here uniform in 1 to 16), values times their step, a
+    skip D x, its norm after the gate, scale 1 instead of 1 / sqrt(K), and levels for 16K tokens whatever the rows, weighed
+    by softplus(L W x).
     """
 
     def __init__(self, settings: LogLinearSettings, context: LayerContext, *, rngs: nnx.Rngs):

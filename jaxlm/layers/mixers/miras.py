@@ -87,6 +87,9 @@ class Miras(nnx.Module):
     q and k are rotated and of unit length. Learning rates sigmoid(W2 W1 x + rate_bias) and decays
     alpha = beta / (beta + theta) = sigmoid(W2 W1 x + decay_bias) are one a channel; Yaad's threshold
     softplus(W x + threshold_bias) is one a head. They start at initial_rate, 0.993 and sqrt(K).
+
+    Gradients of the inner weights are taken at those that enter the chunk (Memora's at those its first token leaves), so
+    chunk_size is a hyper-parameter of the model, not of how it is computed.
     """
 
     def __init__(self, settings: MonetaSettings | YaadSettings | MemoraSettings, context: LayerContext, *, rngs: nnx.Rngs):

@@ -64,6 +64,9 @@ class TTTLinear(nnx.Module):
     position in the chunk. The inner learning rate of token s, read at position t of the chunk, is
 
         base_rate max(0, 1 / (t + 1) + token_rate_t) sigmoid(w x_s + b) / head_dim.
+
+    Gradients of W and b are taken at the values that enter the chunk, so chunk_size is a hyper-parameter of the model, not
+    of how it is computed.
     """
 
     def __init__(self, settings: TTTLinearSettings, context: LayerContext, *, rngs: nnx.Rngs):
