@@ -205,7 +205,7 @@ def lightnet(p, s, x):
     q, logits, v = (heads(x @ p[name]["kernel"], 4) for name in "qkv")
     out = []
     for t in range(len(x)):
-        weights = np.exp(logits[: t + 1]) / np.exp(logits[: t + 1]).sum(0)
+        weights = np.exp(logits[: t + 1]) / (np.exp(logits[: t + 1]).sum(0) + s.zero_start)
         out.append(np.einsum("hk,shk,shv->hv", silu(q[t]) / 2, weights, v[: t + 1]).reshape(-1))
     gate = silu(x @ p["output"]["gate"]["down"]["kernel"] @ p["output"]["gate"]["up"]["kernel"])
     return (rms(np.stack(out), p["output"]["norm"]["scale"]) * gate) @ p["output"]["project"]["kernel"]
@@ -313,6 +313,7 @@ CASES = {
     ),
     "hgrn2": (hgrn2, HGRN2Settings(head_dim=4, chunk_size=4)),
     "lightnet": (lightnet, LightNetSettings(head_dim=4, gate_rank=3, chunk_size=4)),
+    "lightnet-zero-start": (lightnet, LightNetSettings(head_dim=4, gate_rank=3, zero_start=True, chunk_size=4)),
     "deltanet": (delta, DeltaNetSettings(heads=2, chunk_size=4)),
     "deltanet-options": (
         delta,

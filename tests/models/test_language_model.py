@@ -61,6 +61,7 @@ MIXERS = {
     "hgrn": HGRNSettings(chunk_size=8),
     "hgrn2": HGRN2Settings(head_dim=8, chunk_size=8),
     "lightnet": LightNetSettings(head_dim=8, gate_rank=4, chunk_size=8),
+    "lightnet-zero-start": LightNetSettings(head_dim=8, gate_rank=4, zero_start=True, chunk_size=8),
     "mamba": MambaSettings(state=4, chunk_size=8),
     "mamba2": Mamba2Settings(head_dim=16, state=8, groups=2, chunk_size=8),
     "mingru": MinGRUSettings(chunk_size=8),
@@ -183,7 +184,7 @@ MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "samba": samba, "s
 SLOW = {
     "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
     "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "mom-s4d",
-    "mom-log-linear", "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco",
+    "mom-log-linear", "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco", "lightnet-zero-start",
 }  # fmt: skip
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
 

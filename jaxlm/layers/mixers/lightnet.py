@@ -23,6 +23,7 @@ from jaxlm.layers.mixers.common import (
 from jaxlm.layers.mixers.delta import GatedOutput
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.logsumexp import running_logsumexp
+from jaxlm.ops.segments import resets
 from jaxlm.parallel.context import constrain
 from jaxlm.schema import Schema
 
@@ -34,6 +35,11 @@ class LightNetSettings(Schema):
     kind: Literal["lightnet"] = "lightnet"
     head_dim: int = Field(128, gt=0, description="Channels of keys and values a head.")
     gate_rank: int = Field(128, gt=0, description="Rank of the output gate's projection.")
+    zero_start: bool = Field(
+        False,
+        description="Sums start from exp(0) instead of nothing in every document (z_0 = 0, the authors' code xmixers): its "
+        "first token has weight sigmoid(logit) instead of 1.",
+    )
     chunk_size: ChunkSize = 64
 
     def heads(self, width: int) -> int:
@@ -48,6 +54,7 @@ class LightNet(nnx.Module):
 
     So o_t = silu(q_t) sum_s softmax_{s<=t}(l_s) v_s, channel by channel (section 3: additive recurrence), l the keys'
     logits. Then RMSNorm over all channels, a low-rank swish gate and the output projection (flash-linear-attention).
+    With zero_start one more logit of 0, of a token without a value, stands before each document: z_0 = 0.
     """
 
     def __init__(self, settings: LightNetSettings, context: LayerContext, *, rngs: nnx.Rngs):
@@ -65,7 +72,13 @@ class LightNet(nnx.Module):
         q = split_heads(jax.nn.silu(self.q(x)), self.heads)
         logits = split_heads(self.k(x), self.heads).astype(jnp.float32)
         before = dict.fromkeys(("recurrent", "sum")) if state is None else state
-        z, log_decay = running_logsumexp(logits, before["sum"], segment_ids)
+        summed, total = logits, before["sum"]
+        if self.settings.zero_start:
+            # A row's first document has its exp(0) in the sum before it, later ones in their first term.
+            total = self._nothing(x.shape[0]) if total is None else total
+            if segment_ids is not None:
+                summed = jnp.where(resets(segment_ids)[..., None, None], jnp.logaddexp(logits, 0), logits)
+        z, log_decay = running_logsumexp(summed, total, segment_ids)
         k = jnp.exp(logits - z).astype(x.dtype)
         o, recurrent = linear_attention(
             q, k, split_heads(self.v(x), self.heads), constrain(log_decay, "batch", "sequence", "heads", None),
@@ -73,8 +86,10 @@ class LightNet(nnx.Module):
         )  # fmt: skip
         return self.output(o.reshape(*x.shape[:2], 1, -1), x), {"recurrent": recurrent, "sum": z[:, -1]}
 
+    def _nothing(self, batch: int) -> Float[Array, "B H K"]:
+        """The logarithm of the sum before a document's first token."""
+        return jnp.full((batch, self.heads, self.settings.head_dim), 0 if self.settings.zero_start else -jnp.inf, jnp.float32)
+
     def init_state(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> State:
         size = self.settings.head_dim
-        # The logarithm of a sum of nothing.
-        nothing = jnp.full((batch, self.heads, size), -jnp.inf, jnp.float32)
-        return {"recurrent": zeros_state(batch, self.heads, size, size), "sum": nothing}
+        return {"recurrent": zeros_state(batch, self.heads, size, size), "sum": self._nothing(batch)}
