@@ -103,7 +103,7 @@ def heads(x, count):
     return x.reshape(len(x), count, -1)
 
 
-def mamba2(p, s, x):
+def mamba2(p, s, x, memory=False):
     u = heads(convolve(x @ p["x"]["kernel"], p["x_convolution"], p["x_bias"]), 4)
     b, c = np.split(convolve(x @ p["bc"]["kernel"], p["bc_convolution"], p["bc_bias"]), 2, -1)
     b, c = heads(b, s.groups), heads(c, s.groups)
@@ -114,7 +114,10 @@ def mamba2(p, s, x):
         for t in range(len(x)):
             state = np.exp(-dt[t, h] * np.exp(p["a_log"][h])) * state + dt[t, h] * np.outer(b[t, group], u[t, h])
             out[t, h] = c[t, group] @ state + p["skip"][h] * u[t, h]
-    gated = out.reshape(len(x), -1) * silu(x @ p["gate"]["kernel"])
+    out = out.reshape(len(x), -1)
+    if memory:
+        return out
+    gated = out * silu(x @ p["gate"]["kernel"])
     normed = rms(heads(gated, s.groups), 1.0).reshape(len(x), -1) * p["norm_scale"]
     return normed @ p["output"]["kernel"]
 
@@ -354,6 +357,14 @@ def test_mixers_equal_their_equations_in_every_document(case, x64):
     y, _ = jax.jit(lambda layer, x, ids: layer(x, None, ids))(layer, x, jnp.asarray([IDS]))
     p = jax.tree.map(np.asarray, params_lib.split(layer)[1])
     assert_close(y, [oracle(p, settings, document) for document in documents(x)])
+
+
+def test_the_memory_of_mamba2_comes_before_gate_and_norm(x64):
+    oracle, settings = CASES["mamba2"]
+    layer, x = make(settings, jnp.float64), rows(dtype=jnp.float64)
+    _, _, memory = exchange(layer, x, jnp.asarray([IDS]), None)
+    p = jax.tree.map(np.asarray, params_lib.split(layer)[1])
+    assert_close(memory, [oracle(p, settings, document, memory=True) for document in documents(x)])
 
 
 def test_rwkv7_layers_mix_in_the_first_ones_values(x64):

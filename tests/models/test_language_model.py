@@ -177,14 +177,23 @@ def call(model, tokens, state=None, segment_ids=None):
     return model(tokens, state, segment_ids)
 
 
-MODELS = {"hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "samba": samba, "sambay": sambay, "yoco": yoco}
+MODELS = {
+    "hybrid": hybrid, "staged": staged, "rwkv7": rwkv7, "samba": samba, "sambay": sambay, "yoco": yoco,
+    # A memory in front of its block's norm, and a unit that norms it.
+    "ngmu": lambda: ModelSettings(
+        vocab_size=VOCAB, width=32, depth=2, pattern=("memory", "gmu"), ffn=SwiGLUSettings(hidden=48), mixers={
+            "memory": MIXERS["mamba2"].model_copy(update={"produces": "memory"}), "gmu": GMUSettings(norm=True, norm_groups=2),
+        },
+    ),
+}  # fmt: skip
 
 
 # One of each kind of state stays in the fast lane; its siblings' mathematics is tested with their layers there.
 SLOW = {
     "gla", "retention", "linear", "attention", "attention-nope", "attention-partial-rope", "attention-differential", "deltanet",
     "kda", "hgrn", "lightnet", "mamba", "minlstm", "moneta", "yaad", "hybrid", "mom-hgrn2", "mom-mamba2", "mom-s4d",
-    "mom-log-linear", "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco", "lightnet-zero-start",
+    "mom-log-linear", "deltanet-negative", "gdn2", "s4d-inv-bilinear", "s4d-real", "samba", "yoco", "ngmu",
+    "lightnet-zero-start",
 }  # fmt: skip
 CASES = [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in [*MIXERS, *MODELS]]
 

@@ -196,9 +196,9 @@ class GMUSettings(Schema):
     consumes: ClassVar[str] = "memory"
     reads_only_shared: ClassVar[bool] = True
     kind: Literal["gmu"] = "gmu"
-    memory: int | None = Field(None, gt=0, description="Channels of the memory; null: 2 * width, as Mamba makes it.")
+    memory: int | None = Field(None, gt=0, description="Channels of the memory; null: 2 * width, as Mamba and Mamba-2 make it.")
     norm: bool = Field(
-        False, description="RMSNorm after gating (nGMU), for memories whose own norm is left out (Mamba-2, Gated DeltaNet)."
+        False, description="RMSNorm after gating (nGMU), for memories taken in front of their block's norm: mamba2's."
     )
     norm_groups: int = Field(1, gt=0, description="Equal parts of the channels that are normed each for itself.")
 

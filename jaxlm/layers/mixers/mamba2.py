@@ -42,6 +42,10 @@ class Mamba2Settings(Schema):
     a_max: float = Field(16.0, gt=0, description="Largest rate -A at the start; between them uniform.")
     dt_min: float = Field(1e-3, gt=0, description="Smallest step size at the start.")
     dt_max: float = Field(0.1, gt=0, description="Largest step size at the start; between them log-uniform.")
+    produces: Literal["memory"] | None = Field(
+        None,
+        description="memory: gated memory units in later blocks read the heads' output before gate and norm; give them a norm.",
+    )
     chunk_size: ChunkSize = 64
 
     @model_validator(mode="after")
@@ -103,6 +107,14 @@ class Mamba2(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], state: State | None = None, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], State]:
+        y, state, _ = self.exchange(x, state, segment_ids, None)
+        return y, state
+
+    def exchange(
+        self, x: Float[Array, "B T D"], state: State | None, segment_ids: Int[Array, "B T"] | None, shared: None
+    ) -> tuple[Float[Array, "B T D"], State, Float[Array, "B T M"]]:
+        """As a call, and the heads' y_t with the skip, before gate and norm: what normed gated memory units read (SambaY,
+        arXiv 2507.06607, section 2)."""
         settings, heads = self.settings, self.skip.shape[-1]
         before = state or dict.fromkeys(("recurrent", "x", "bc"))
 
@@ -123,9 +135,9 @@ class Mamba2(nnx.Module):
             c, b, (dt[..., None] * u).astype(x.dtype), -dt * jnp.exp(self.a_log[...]), scale=1.0,
             initial_state=before["recurrent"], segment_ids=segment_ids, chunk_size=settings.chunk_size,
         )  # fmt: skip
-        y = (y + self.skip[...][:, None] * u).astype(x.dtype).reshape(*x.shape[:2], -1)
-        y = self.output(self._norm(y * jax.nn.silu(self.gate(x))))
-        return y, {"recurrent": recurrent, "x": x_state, "bc": bc_state}
+        memory = (y + self.skip[...][:, None] * u).astype(x.dtype).reshape(*x.shape[:2], -1)
+        y = self.output(self._norm(memory * jax.nn.silu(self.gate(x))))
+        return y, {"recurrent": recurrent, "x": x_state, "bc": bc_state}, memory
 
     def _norm(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         parts = y.astype(jnp.float32).reshape(*y.shape[:2], self.settings.groups, -1)
