@@ -233,6 +233,11 @@ def _check_shapes(vectors: dict, weights: Weights, state: FastState | None, fres
             raise ValueError(f"initial_state must have the shapes {wanted}, got {got}; see ttt_state and miras_state")
 
 
+def _check_rate(rate: Array) -> None:
+    """Negative step sizes would climb the inner loss."""
+    check_range("rate", rate, 0, math.inf, "it is a step size, such as sigmoid(x)")
+
+
 def _matmul_for(tokens: _Tokens, start: Weights) -> Callable:
     return partial(product, operand=jnp.result_type(tokens.q, tokens.k, tokens.v), precise=_precise(start))
 
@@ -266,7 +271,7 @@ def ttt_linear(
 
     Args:
       q, k, v: queries, keys and the values that the inner model learns to make of them.
-      rate: step size of each token's update.
+      rate: step size of each token's update, >= 0. Negative ones are an error where values are known (`ops.ranges`).
       token_scale: factor of the updates by the position in the chunk at which they are read.
       weights: the inner weights at the start of documents: "w" [H, D, D] and "b" [H, D].
       norm_scale, norm_bias: of the inner model's LayerNorm, which does not learn at test time.
@@ -280,7 +285,8 @@ def ttt_linear(
       o in v's dtype, and the state after the last token.
 
     Raises:
-      ValueError: on shapes that do not fit, a chunk_size that is not a power of two, or an unknown form.
+      ValueError: on shapes that do not fit, values known to be out of range, a chunk_size that is not a power of two, or
+        an unknown form.
     """
     _check_tokens(q, k, v, chunk_size)
     batch, _, heads, channels = q.shape
@@ -289,6 +295,7 @@ def ttt_linear(
     norm = {"norm_scale": (norm_scale, (heads, channels)), "norm_bias": (norm_bias, (heads, channels))}
     vectors = {"rate": (rate, q.shape[:3]), "token_scale": (token_scale, (chunk_size,)), **norm}
     _check_shapes(vectors, weights, initial_state, fresh)
+    _check_rate(rate)
     norm = (norm_scale.astype(precise)[:, None], norm_bias.astype(precise)[:, None])
     token_scale = token_scale.astype(precise)
     rule = _Rule(partial(_ttt_chunk, token_scale, norm), partial(_ttt_finish, token_scale))
@@ -364,7 +371,7 @@ def moneta(
 
     Args:
       q, k, v: queries, keys and the values that the inner model learns to make of them.
-      rate: step sizes.
+      rate: step sizes, >= 0. Negative ones are an error where values are known.
       log_decay: natural logarithm of the decays, <= 0. Positive values are an error where values are known (`ops.ranges`).
       weights: A at the start of documents: "w_in" [H, D, E] and "w_out" [H, E, D].
       norm_scale, norm_bias: of the inner model's LayerNorm, which does not learn at test time.
@@ -501,6 +508,7 @@ def _miras(pull, primal, q, k, v, rate, gates, weights, norm_scale, norm_bias, s
     vectors = {name: (x, shapes[name]) for name, x in gates.items()}
     norm = {"norm_scale": (norm_scale, (heads, channels)), "norm_bias": (norm_bias, (heads, channels))}
     _check_shapes({"rate": (rate, q.shape), **vectors, **norm}, weights, state, fresh)
+    _check_rate(rate)
     check_log_decay(gates["log_decay"])
     check_range("threshold", gates.get("threshold"), 0, math.inf, "it is the norm of an error, such as exp(x)")
     norm = (norm_scale.astype(precise)[:, None], norm_bias.astype(precise)[:, None])

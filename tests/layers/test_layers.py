@@ -11,6 +11,7 @@ from jaxlm.layers.mixers import MIXERS
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.norms import LayerNorm, RMSNorm
 from jaxlm.layers.positions import positions_in_segments, rotary
+from tests.layers import test_diagonal_mixers, test_linear_mixers, test_ttt_mixers
 
 
 def test_rms_norm_value_and_dtype():
@@ -68,6 +69,17 @@ def test_swiglu_size_and_value():
     x = jax.random.normal(jax.random.key(1), (2, 3, 4))
     gate, up = x @ layer.gate.kernel[...], x @ layer.up.kernel[...]
     np.testing.assert_allclose(layer(x)[0], (gate / (1 + jnp.exp(-gate)) * up) @ layer.down.kernel[...], atol=1e-6)
+
+
+# test_mom.py has a table of rules, test_hybrid_mixers.py a test each; keys and values alone are tested by those that read them.
+WITHOUT_A_LINE = {"mom", "attention", "cross_attention", "gmu", "key_value", "mla"}
+
+
+def test_every_other_mixer_has_a_line_in_a_table_of_equations():
+    lines = [settings for _, settings in test_linear_mixers.CASES.values()]
+    lines += [settings for settings, _, _ in test_diagonal_mixers.CASES.values()]
+    lines += test_ttt_mixers.CASES.values()
+    assert set(MIXERS) - {settings.kind for settings in lines} == WITHOUT_A_LINE
 
 
 @pytest.mark.parametrize("kind", MIXERS)

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxlm import params as params_lib
 from jaxlm.layers.ffn import FFNS
 from jaxlm.layers.mixers import MIXERS
+from jaxlm.layers.mixers.attention import AttentionSettings
 from jaxlm.layers.mixers.common import LayerContext
 from jaxlm.layers.mixers.delta import DeltaNetSettings, GatedDeltaNetSettings, KDASettings
 from jaxlm.layers.mixers.gla import GLASettings
@@ -16,7 +17,9 @@ from jaxlm.layers.mixers.hgrn import forget_gate
 from jaxlm.layers.mixers.hgrn2 import HGRN2Settings
 from jaxlm.layers.mixers.lightnet import LightNetSettings
 from jaxlm.layers.mixers.linear import LinearSettings
+from jaxlm.layers.mixers.log_linear import LogLinearSettings
 from jaxlm.layers.mixers.mamba2 import Mamba2Settings
+from jaxlm.layers.mixers.mom import MoMSettings
 from jaxlm.layers.mixers.retention import RetentionSettings, head_log_decay
 from jaxlm.layers.mixers.rwkv7 import RWKV7Settings, RWKVChannelMixingSettings
 from jaxlm.models.language_model import ModelSettings, abstract_model
@@ -590,6 +593,15 @@ def test_published_parameter_counts(name):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (AttentionSettings(heads=3), "attention: 16 channels do not divide over heads=3"),
+        (RetentionSettings(heads=3), r"retention.expand_k: 16 channels do not divide over heads=3"),
+        (RetentionSettings(heads=2, expand_v=1.1875), r"retention.expand_v: 19 channels do not divide over heads=2"),
+        (LinearSettings(heads=3), r"linear.expand_k: 16 channels do not divide over heads=3"),
+        (LinearSettings(heads=2, expand_v=1.1875), r"linear.expand_v: 19 channels do not divide over heads=2"),
+        (LogLinearSettings(heads=3), r"log_linear.expand_k: 8 channels do not divide over heads=3"),
+        (LogLinearSettings(heads=2, expand_v=1.1875), r"log_linear.expand_v: 19 channels do not divide over heads=2"),
+        (MoMSettings(heads=3), r"mom.expand_k: 16 channels do not divide over heads=3"),
+        (MoMSettings(heads=2, expand_v=1.1875), r"mom.expand_v: 19 channels do not divide over heads=2"),
         (Mamba2Settings(head_dim=5), r"mamba2.expand over head_dim.* 32 channels do not divide over heads=5"),
         (Mamba2Settings(head_dim=8, groups=3), r"mamba2.groups.* 4 channels do not divide over heads=3"),
         (HGRN2Settings(head_dim=5), "hgrn2.* 16 channels do not divide"),

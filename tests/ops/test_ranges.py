@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.ops.delta_rule import delta_rule, dplr_delta_rule
 from jaxlm.ops.diagonal import diagonal_recurrence, diagonal_ssm, selective_scan
-from jaxlm.ops.fast_weights import memora, moneta, yaad
+from jaxlm.ops.fast_weights import memora, moneta, ttt_linear, yaad
 from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.ops.log_linear import log_linear_attention
 from jaxlm.ops.ranges import check_range
@@ -27,6 +27,10 @@ QKV = {name: wide() for name in ("q", "k", "v")}
 MIRAS = {
     **QKV, "rate": wide(), "weights": {"w_in": full(0.5, H, K, 2), "w_out": full(0.5, H, 2, K)},
     "norm_scale": full(1, H, K), "norm_bias": full(0, H, K), "log_decay": -wide(), "chunk_size": 2,
+}  # fmt: skip
+TTT = {
+    **QKV, "token_scale": full(1, 2), "weights": {"w": full(0.5, H, K, K), "b": full(0, H, K)}, "chunk_size": 2,
+    "norm_scale": full(1, H, K), "norm_bias": full(0, H, K),
 }  # fmt: skip
 SELECTIVE = {"u": full(1, B, T, H), "dt": full(1, B, T, H), "a": full(-1, H, K), "b": full(1, B, T, K), "c": full(1, B, T, K)}
 # But for rounding: 1 + 2 eps.
@@ -65,6 +69,8 @@ GATES = {
     "moneta": (moneta, MIRAS, "log_decay", 0 * wide(), wide(), "log_decay must be <= 0, got 0.5"),
     "yaad": (yaad, {**MIRAS, "threshold": scalar()}, "log_decay", 0 * wide(), wide(), "log_decay must be <= 0, got 0.5"),
     "threshold": (yaad, MIRAS, "threshold", scalar(), -scalar(), "threshold must be >= 0, got -0.5"),
+    "rate": (ttt_linear, TTT, "rate", 0 * scalar(), -scalar(), r"rate must be >= 0, got -0.5: .*sigmoid\(x\)"),
+    "rate a channel": (moneta, MIRAS, "rate", 0 * wide(), -wide(), "rate must be >= 0, got -0.5"),
     "memora": (memora, MIRAS, "log_decay", 0 * wide(), wide(), "log_decay must be <= 0, got 0.5"),
 }  # fmt: skip
 
