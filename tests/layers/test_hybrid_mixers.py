@@ -10,7 +10,15 @@ from jaxlm import params as params_lib
 from jaxlm.layers.ffn import SwiGLUSettings
 from jaxlm.layers.mixers.attention import Attention, AttentionSettings, Differential
 from jaxlm.layers.mixers.common import LayerContext
-from jaxlm.layers.mixers.cross import CrossAttention, CrossAttentionSettings, GatedMemoryUnit, GMUSettings, write_cache
+from jaxlm.layers.mixers.cross import (
+    CrossAttention,
+    CrossAttentionSettings,
+    GatedMemoryUnit,
+    GMUSettings,
+    KeyValue,
+    KeyValueSettings,
+    write_cache,
+)
 from jaxlm.layers.mixers.mla import MLASettings, MultiHeadLatentAttention
 from jaxlm.models.language_model import LanguageModel, ModelSettings, abstract_model
 from jaxlm.ops.attention import attention, init_attention_cache
@@ -54,6 +62,91 @@ def turn(x, position, base):
     half = x.shape[-1] // 2
     z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * position * base ** (-np.arange(half) / half))
     return np.concatenate([z.real, z.imag], -1)
+
+
+DOCUMENTS = np.array([[4] * 4 + [2] * 3, [0] * 1 + [3] * 6])
+
+
+def softmax_attention(p, x, settings):
+    """Plain attention within `DOCUMENTS` by its equations, token by token and head by head."""
+    heads, size, base = settings.heads, settings.head_dim, settings.rope_base
+    rotated = round(size * settings.rope_fraction)
+
+    def project(name, x):
+        return x @ p[name]["kernel"] + (p[name]["bias"] if name in settings.biases else 0)
+
+    def head(name, row, h, position):
+        y = project(name, row)[h * size : (h + 1) * size]
+        if settings.qk_norm:
+            y = rms(y, p[f"{name}_norm"]["scale"], 1e-6)
+        return y if base is None else np.concatenate([turn(y[:rotated], position, base), y[rotated:]])
+
+    def output(rows, ids, t):
+        first = list(ids).index(ids[t])
+        seen = range(first if settings.window is None else max(first, t - settings.window + 1), t + 1)
+        o = np.zeros((heads, size))
+        for h in range(heads):
+            group = h * settings.groups // heads
+            q = head("q", rows[t], h, t - first)
+            scores = [q @ head("k", rows[s], group, s - first) / np.sqrt(size) for s in seen]
+            values = [project("v", rows[s])[group * size : (group + 1) * size] for s in seen]
+            o[h] = softmax(np.array(scores)) @ np.array(values)
+        if settings.output_gate != "none":
+            gate = project("gate", rows[t])
+            o = o / (1 + np.exp(-gate.reshape(heads, size if settings.output_gate == "elementwise" else 1)))
+        return project("output", o.reshape(-1))
+
+    x = np.asarray(x)
+    return [[output(rows, ids, t) for t in range(len(rows))] for rows, ids in zip(x, DOCUMENTS, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_heads": 2},
+        {"qk_norm": False, "biases": ("q", "k", "v", "output")},
+        {"window": 3, "output_gate": "elementwise"},
+        {"kv_heads": 2, "qk_norm": False, "rope_base": None, "output_gate": "headwise"},
+        {"kv_heads": 1, "rope_fraction": 0.5},
+        {"kv_heads": 2, "rope_fraction": 0.25, "window": 2, "output_gate": "headwise"},
+    ],
+    ids=["grouped", "biases", "window-elementwise", "nope-headwise", "partial-rope", "together"],
+)
+def test_attention_equals_its_equations(changes, x64):
+    settings = AttentionSettings(**{"heads": 4, "head_dim": 8, "rope_base": 50.0, **changes})
+    layer, x = make(Attention, settings, dtype=jnp.float64), rows(dtype=jnp.float64)
+    y = nnx.jit(lambda layer, x, ids: layer(x, segment_ids=ids)[0])(layer, x, jnp.asarray(DOCUMENTS))
+    # Norms and rotary angles are float32.
+    np.testing.assert_allclose(y, softmax_attention(weights(layer), x, settings), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_heads": 2},
+        {"kv_heads": 4, "qk_norm": False, "rope_base": None, "output_gate": "elementwise"},
+        {"kv_heads": 1, "rope_fraction": 0.5},
+    ],
+    ids=["grouped", "nope-elementwise", "partial-rope"],
+)
+def test_keys_and_values_made_for_cross_attention_equal_their_equations(changes, x64):
+    """YOCO's producer and a reader of the same input are plain attention."""
+    settings = AttentionSettings(**{"heads": 4, "head_dim": 8, "rope_base": 50.0, **changes})
+    alike = {name: getattr(settings, name) for name in ("head_dim", "rope_base", "rope_fraction")}
+    made = KeyValueSettings(kv_heads=settings.groups, k_norm=settings.qk_norm, **alike)
+    read = CrossAttentionSettings(heads=4, qk_norm=settings.qk_norm, output_gate=settings.output_gate, **alike)
+    producer, reader = make(KeyValue, made, dtype=jnp.float64), make(CrossAttention, read, dtype=jnp.float64)
+    x = rows(dtype=jnp.float64)
+
+    @nnx.jit
+    def both(producer, reader, x, ids):
+        nothing, _, kv = producer.exchange(x, None, ids, None)
+        return nothing, reader.exchange(x, None, ids, kv)[0]
+
+    nothing, y = both(producer, reader, x, jnp.asarray(DOCUMENTS))
+    assert not np.any(nothing)
+    p = weights(producer) | weights(reader)
+    np.testing.assert_allclose(y, softmax_attention(p, x, settings), rtol=1e-4, atol=1e-5)
 
 
 def test_differential_attention_equals_its_equations(x64):
