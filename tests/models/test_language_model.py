@@ -252,6 +252,48 @@ def test_later_tokens_do_not_change_earlier_logits_by_one_bit(model):
         assert not np.array_equal(before[:, t:], after[:, t:])
 
 
+def token_by_token(model, tokens, segment_ids):
+    """Logits of one row by calls of one token each; a document starts from a fresh state."""
+    fresh = model.init_state(1, length=len(tokens))
+    starts = jnp.pad(segment_ids[1:] != segment_ids[:-1], (1, 0))
+
+    def step(state, x):
+        token, start = x
+        logits, state = model(token[None, None], jax.tree.map(lambda new, old: jnp.where(start, new, old), fresh, state))
+        return state, logits[0, 0]
+
+    return jax.lax.scan(step, fresh, (tokens, starts))[1]
+
+
+# Two gradients take long to compile: of these models in the fast lane, of the others in the slow one.
+FAST_GRADIENTS = {"gla-convolution", "attention-window", "gated-deltanet", "mamba2", "rwkv7"}
+GRADIENT_CASES = [
+    pytest.param(case, marks=() if case in FAST_GRADIENTS else pytest.mark.slow) for case in [*MIXERS, *MODELS]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", GRADIENT_CASES, indirect=True)
+def test_gradients_equal_those_of_single_token_calls(model):
+    """Of every parameter; of rows of two documents, more than a chunk long, whose border each has elsewhere."""
+    graphdef, tree = params_lib.split(model)
+    x = tokens(9)
+    segment_ids = jnp.asarray([[4] * 6 + [1] * 3, [0] * 2 + [3] * 7])
+
+    def gradient(logits):
+        return jax.jit(jax.grad(lambda tree: jnp.mean(jnp.sin(3 * logits(nnx.merge(graphdef, tree))))))(tree)
+
+    expected = gradient(lambda model: jax.vmap(lambda x, ids: token_by_token(model, x, ids))(x, segment_ids))
+    got = gradient(lambda model: model(x, segment_ids=segment_ids)[0])
+    rms = lambda x: float(jnp.sqrt(jnp.mean(x**2)))  # noqa: E731
+
+    def far(info, a, b):
+        # Constants alone have no gradient.
+        return bool(rms(a) or rms(b)) if info.role == "constant" else not rms(a - b) < 1e-4 * rms(a)
+
+    wrong = jax.tree.leaves_with_path(params_lib.map_info(far, params_lib.describe(model), expected, got))
+    assert [jax.tree_util.keystr(path) for path, is_far in wrong if is_far] == []
+
+
 def test_prefill_stops_early_for_all_tokens_but_the_last(monkeypatch):
     """SambaY: the cross-decoder and the full attention in front of it see one token, with the same logits and state, after
     windows shorter than the prompt and than its documents."""
