@@ -75,23 +75,27 @@ def _cudnn_attention_declines(call: Call) -> str | None:
 
 
 def _pallas_declines(op: str, call: Call) -> str | None:
-    module = kernels.module(op, call.platform)
-    if module is None:
+    if not kernels.exists(op, call.platform):
         return f"no Pallas kernel for {call.platform}"
     if call.decoupled:
         return f"the Pallas kernel of {op} has one gate beta, not one to erase and one to write"
-    return module.declines(
-        H=call.heads, K=call.head_dim, V=call.value_dim, dtype=call.dtype, decay=call.decay, chip=call.chip
-    )  # fmt: skip
+    return _module_declines(op, call, H=call.heads, K=call.head_dim, V=call.value_dim, decay=call.decay)
 
 
 def _diagonal_declines(call: Call) -> str | None:
-    module = kernels.module("diagonal_recurrence", call.platform)
-    if module is None:
+    if not kernels.exists("diagonal_recurrence", call.platform):
         return f"no Pallas kernel for {call.platform}"
     if call.read_out:
         return "the Pallas kernel keeps every state, where these ops read many states a channel out to one number"
-    return module.declines(dtype=call.dtype, chip=call.chip)
+    return _module_declines("diagonal_recurrence", call)
+
+
+def _module_declines(op: str, call: Call, **known) -> str | None:
+    try:
+        module = kernels.module(op, call.platform)
+    except kernels.OtherJax as error:
+        return str(error)
+    return module.declines(dtype=call.dtype, chip=call.chip, **known)
 
 
 # op -> what its kernel is, and why it does not run (None where it does).
@@ -174,7 +178,7 @@ def choose(
         return Choice("recurrent", "one token takes the step")
     if not declined:
         return Choice("kernel", name)
-    if platform is None and op in KERNELS and kernels.module(op, call.platform) is not None:
+    if platform is None and op in KERNELS and kernels.exists(op, call.platform):
         _log_once(f"{op} runs as chunked, without its kernel: {declined}")
     return Choice("chunked", declined)
 

@@ -50,10 +50,44 @@ def target() -> tuple[str, str]:
     return chip.platform, chip.device_kind
 
 
+class OtherJax(ImportError):
+    """The kernels are not written for this version of jax."""
+
+
 def module(op: str, platform: str) -> ModuleType | None:
-    """The kernels of an op for a platform, None where there are none."""
-    name = MODULES.get((op, "gpu" if platform == "cuda" else platform))
-    return None if name is None else importlib.import_module(name)
+    """The kernels of an op for a platform, None where there are none.
+
+    Raises:
+      OtherJax: where they need what this version of jax does not have.
+    """
+    if not exists(op, platform):
+        return None
+    try:
+        return importlib.import_module(MODULES[op, _named(platform)])
+    except (ImportError, AttributeError) as error:
+        if not _jax_lacks_it(error):
+            raise
+        raise OtherJax(f"the kernel needs jax >= 0.11.2 and does not import with jax {jax.__version__}: {error}") from error
+
+
+def exists(op: str, platform: str) -> bool:
+    """Whether there are kernels of an op for a platform."""
+    return (op, _named(platform)) in MODULES
+
+
+def _named(platform: str) -> str:
+    return "gpu" if platform == "cuda" else platform
+
+
+def _jax_lacks_it(error: ImportError | AttributeError) -> bool:
+    """Whether what is missing was looked for in a module of jax, or in what one defines."""
+    if isinstance(error, ImportError):
+        owner = error.name
+    elif isinstance(error.obj, ModuleType):
+        owner = error.obj.__name__
+    else:
+        owner = getattr(error.obj, "__module__", None)  # of a class, and of what is an instance of one
+    return (owner or "").partition(".")[0] in ("jax", "jaxlib")
 
 
 def matrix_recurrence(op: str, scale, inputs: tuple, reset, state):

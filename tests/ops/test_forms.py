@@ -1,7 +1,13 @@
+import sys
+
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlm.ops import forms, kernels
+from pallas_kernels import gpu as hopper
 
 V5E = {"platform": "tpu", "chip": "TPU v5 lite"}
 
@@ -61,6 +67,45 @@ def test_a_kernel_that_does_not_take_a_call_says_so_once(caplog):
         "linear_attention runs as chunked, without its kernel: "
         "the TPU kernel has K in (64, 128, 256) and V in (64, 128, 256, 512), not K=96, V=64"
     ]
+
+
+def anew(monkeypatch, *modules):
+    """Modules are imported when they are needed again."""
+    for name in modules:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "diagonal_recurrence"])
+def test_a_jax_without_what_a_kernel_needs_declines(op, monkeypatch, caplog):
+    folder = op.removesuffix("_recurrence")
+    anew(monkeypatch, "pallas_kernels.gpu", "pallas_kernels.gpu_channels", f"pallas_kernels.{folder}.gpu")
+    monkeypatch.delattr(plgpu, "Layout")
+    reason = f"the kernel needs jax >= 0.11.2 and does not import with jax {jax.__version__}: "
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+        for _ in range(2):
+            choice = forms.choose(op, "auto", T=64, dtype=jnp.bfloat16)
+            assert choice.form == "chunked"
+            assert choice.reason.startswith(reason)
+            assert "has no attribute 'Layout'" in choice.reason
+        with pytest.raises(ValueError, match=f'form="kernel" of {op} cannot run: {reason}'):
+            forms.choose(op, "kernel", T=64, dtype=jnp.bfloat16)
+    assert [message.partition(reason)[0] for message in caplog.messages] == [f"{op} runs as chunked, without its kernel: "]
+
+
+def test_modules_that_jax_lacks_are_its_own(monkeypatch):
+    anew(monkeypatch, "pallas_kernels.linear_attention.gpu")
+    monkeypatch.delattr(pl, "mosaic_gpu")
+    monkeypatch.setitem(sys.modules, plgpu.__name__, None)
+    with pytest.raises(kernels.OtherJax, match="mosaic_gpu"):
+        kernels.module("linear_attention", "gpu")
+
+
+def test_names_that_kernels_lack_are_errors(monkeypatch):
+    anew(monkeypatch, "pallas_kernels.linear_attention.gpu")
+    monkeypatch.delattr(hopper, "declines")
+    with pytest.raises(ImportError, match="cannot import name 'declines' from 'pallas_kernels.gpu'") as found:
+        forms.choose("linear_attention", "auto", T=64, dtype=jnp.bfloat16, platform="gpu", chip="NVIDIA H100")
+    assert not isinstance(found.value, kernels.OtherJax)
 
 
 def test_kernels_can_be_switched_off():
