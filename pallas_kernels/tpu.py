@@ -16,6 +16,7 @@ CHIPS = ("v4", "v5", "v6", "7x")
 # exp(-128) is 0 in float32 and sums of 128 of them are finite, where those of -inf are not.
 FLOOR = -128.0
 MOST_HEADS = 8  # a grid step, for the sake of its memory
+MEMORY = 15 * 2**20  # that `step_bytes` may be: kernels have 16 MiB on v4 and v5
 
 
 def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
@@ -27,9 +28,36 @@ def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str |
         return f"the TPU kernel has K in {KEY_DIMS} and V in {VALUE_DIMS}, not K={K}, V={V}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"the TPU kernel takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
-    if None not in (H, K, V) and not groups(H, K, V):
+    if None in (H, K, V):
+        return None
+    fitting = groups(H, K, V)
+    if not fitting:
         return f"the TPU kernel needs heads that fill 128 lanes: an even number of them for K or V of 64, not H={H}"
+    needed = step_bytes(fitting[0], K, V, jnp.dtype(dtype).itemsize, decay == "vector")
+    if needed > MEMORY:
+        return (
+            f"the TPU kernel needs heads that fill 128 lanes: all H={H} at once take {needed / 2**20:.1f} MiB "
+            f"for K={K}, V={V}, more than {MEMORY // 2**20}"
+        )
     return None
+
+
+def step_bytes(n: int, K: int, V: int, itemsize: int, vector: bool) -> int:
+    """Of the chip's memory for n heads, at most: blocks (twice, as the next ones are under way) and scratch of the delta rule's
+    backward in chunks of 128 tokens, and what the compiler was seen to take beside them, up to 0.7 MiB a head."""
+    C, levels = 128, 7
+
+    def lanes(width: int) -> int:
+        return -(-width // 128) * 128
+
+    queries, values, state = lanes(n * K), lanes(n * V), n * V * lanes(K)
+    blocks = C * itemsize * (4 * queries + 3 * values) + state * (itemsize + 2 * 4)  # q, k, dq, dk; v, do, dv; states
+    scratch = state * 4 + n * 3 * 2**18
+    if vector:
+        blocks += C * 4 * 2 * queries  # g, dg
+        tokens = 4 * (2 * (levels - 2) + levels + 3) + 2 * itemsize * levels  # sums, factor, d_qk; z and z_keys
+        scratch += n * C * (lanes(K) * tokens + 4 * 4 * C)
+    return 2 * blocks + scratch
 
 
 def groups(H: int, K: int, V: int) -> list[int]:
@@ -216,5 +244,3 @@ def times(factor, x):
 def scaled(x, factor):
     """In the dtype of x, which a matrix product is to take."""
     return x if factor is None else (x * factor).astype(x.dtype)
-
-

@@ -79,7 +79,8 @@ def _pallas_declines(op: str, call: Call) -> str | None:
         return f"no Pallas kernel for {call.platform}"
     if call.decoupled:
         return f"the Pallas kernel of {op} has one gate beta, not one to erase and one to write"
-    return _module_declines(op, call, H=call.heads, K=call.head_dim, V=call.value_dim, decay=call.decay)
+    heads = None if call.heads is None else sequence.a_device("heads", call.heads)
+    return _module_declines(op, call, H=heads, K=call.head_dim, V=call.value_dim, decay=call.decay)
 
 
 def _diagonal_declines(call: Call) -> str | None:
