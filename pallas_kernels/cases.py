@@ -25,8 +25,11 @@ class Shape(NamedTuple):
     V: int = 128
 
 
-def abstract(op: str, direction: str, decay: str, platform: str, dtype: str = "bfloat16", resets: bool = False, **sizes: int):
-    """A kernel in training, and its arguments as `jax.ShapeDtypeStruct`: for `pallas_kernels.aot.report`.
+def abstract(
+    op: str, direction: str, decay: str, platform: str, dtype: str = "bfloat16",
+    *, resets: bool = False, save: bool = True, **sizes: int,
+):  # fmt: skip
+    """A kernel, and its arguments as `jax.ShapeDtypeStruct`: for `pallas_kernels.aot.report`.
 
     Arrays of tokens come as projections leave them, [B, T, H * channels].
 
@@ -34,6 +37,7 @@ def abstract(op: str, direction: str, decay: str, platform: str, dtype: str = "b
       op: of `OPS`; decay: of `DECAYS`; direction: of `DIRECTIONS`.
       platform: "tpu" or "gpu".
       resets: with documents that start inside the rows.
+      save: whether the forward keeps what the backward needs.
       sizes: fields of `Shape`.
     """
     module = importlib.import_module(f"pallas_kernels.{op}.{platform}")
@@ -46,7 +50,7 @@ def abstract(op: str, direction: str, decay: str, platform: str, dtype: str = "b
     inputs = (low((*tokens, K)), low((*tokens, K)), low((*tokens, V)), *gates, decays[decay])
     reset = jax.ShapeDtypeStruct((B, T), jnp.bool_) if resets else None
     state = precise((B, H, K, V))
-    forward = partial(module.forward, 0.1, save=True)
+    forward = partial(module.forward, 0.1, save=save)
     if direction == "forward":
         return flattened(forward, (*inputs, reset, state), tokens)
     o, final, saved = jax.eval_shape(forward, *inputs, reset, state)

@@ -12,9 +12,10 @@ NAMES = ("o", "final state", "dq", "dk", "dv", "dbeta", "dg", "d state")
 KINDS = ("none", "scalar", "vector")
 TOLERANCES = {
     "float32": dict.fromkeys(NAMES, 5e-6),
-    # What tokens write, rounded, is read by those after them: with beta up to 2 the chunked form has errors of 0.0066 here.
-    "bfloat16": linear_attention.TOLERANCES["bfloat16"] | {"o": 0.0075, "final state": 0.0065, "dbeta": 0.02, "dg": 0.025},
+    "bfloat16": linear_attention.TOLERANCES["bfloat16"] | {"dbeta": 0.02},
 }
+# What tokens write, rounded, is read by those after them: with beta up to 2 the chunked form has errors of 0.0066 here.
+REFLECTIONS = TOLERANCES["bfloat16"] | {"o": 0.0075, "final state": 0.0065}
 
 
 def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0, most=1.0):
@@ -39,6 +40,6 @@ def reference(inputs, reset, state, do, d_final):
     return o, final, *pull((do.astype(jnp.float32), d_final))
 
 
-def assert_close(got, expected, dtype):
-    """Outputs and gradients of the delta rule."""
-    assert_all_close(got, expected, NAMES, TOLERANCES[dtype])
+def assert_close(got, expected, dtype, most=1.0):
+    """Outputs and gradients of the delta rule with beta up to `most`."""
+    assert_all_close(got, expected, NAMES, REFLECTIONS if dtype == "bfloat16" and most > 1 else TOLERANCES[dtype])

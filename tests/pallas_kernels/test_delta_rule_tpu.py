@@ -1,13 +1,13 @@
 """TPU kernels of the delta rule: by the interpreter against the recurrent form, and by the compiler for every chip."""
 
 import importlib.util
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.ops import kernels
 from jaxlm.ops.delta_rule import delta_rule
@@ -16,6 +16,7 @@ from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.delta_rule import tpu
+from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.delta_rule import KINDS, TOLERANCES, arrays, assert_close, reference
 
 
@@ -46,12 +47,12 @@ CASES = [
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_values_and_gradients(case, dtype):
     *sizes, resets, most = case
-    inputs, reset, *rest = arrays(*sizes, dtype=dtype, most=most if dtype == "float32" else 1.0)
+    inputs, reset, *rest = arrays(*sizes, dtype=dtype, most=most)
     reset = reset if resets else None
     got = run(inputs, reset, *rest, chunk=16, interpret=True)
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
-    assert_close(got, reference(inputs, reset, *rest), dtype)
+    assert_close(got, reference(inputs, reset, *rest), dtype, most)
 
 
 @pytest.mark.slow
@@ -69,15 +70,13 @@ def test_the_inverse_of_whole_chunks_in_float32():
     assert_close(run(inputs, None, *rest, interpret=True), reference(inputs, None, *rest), "float32")
 
 
-def test_no_races_and_nothing_uninitialised():
-    """The grid's parallel axes in random order, on memory filled with NaN."""
-    inputs, *rest = arrays("scalar", 33, 2, 64, 64)
-    newer = {"on_race": "raise"} if "on_race" in pltpu.InterpretParams.__dataclass_fields__ else {}  # jax >= 0.12
-    interpret = pltpu.InterpretParams(random_seed=1, detect_races=True, **newer)
-    try:
-        assert_close(run(inputs, *rest, chunk=16, interpret=interpret), reference(inputs, *rest), "float32")
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+@pytest.mark.parametrize("kind", ["scalar", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("none", "vector"))])
+def test_no_races_and_nothing_uninitialised(kind):
+    """The grid's parallel axes in random order on two cores, on memory filled with NaN."""
+    inputs, *rest = arrays(kind, 20, 2, 64, 64)
+    with interpreters.no_races(kernels=2):
+        got = jax.block_until_ready(run(inputs, *rest, chunk=16, interpret=interpreters.TPU))
+    assert_close(got, reference(inputs, *rest), "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,34 +90,41 @@ def test_later_tokens_change_no_earlier_bit(kind):
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
 
-def op(form, T=48):
+def op(form, decay, T=48):
     """Outputs and gradients of the op in a form."""
-    q, k, v, beta, g = arrays("scalar", T, 4, 64, 64)[0]
+    q, k, v, beta, g = arrays(decay, T, 4, 64, 64)[0]
+    g = g[..., 0] if decay == "scalar" else g
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(5, size=(2, T)), axis=1))
 
     def loss(q, k, v, beta, g):
         o, state = delta_rule(q, k, v, beta, g, segment_ids=ids, form=form)
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state)), o
 
-    return jax.jit(jax.value_and_grad(loss, range(5), has_aux=True))(q, k, v, beta[..., 0], g[..., 0])
+    return jax.jit(jax.value_and_grad(loss, range(5), has_aux=True))(q, k, v, beta[..., 0], g)
 
 
 @pytest.mark.parametrize(
-    "mesh", [None, {"data": 2, "tensor": 4}, {"data": 2, "tensor": 2, "sequence": 2}],
-    ids=["one device", "split rows and heads", "split tokens too"],
-)  # fmt: skip
-def test_the_op_calls_the_kernel(mesh, monkeypatch):
+    ("decay", "mesh"),
+    [
+        ("scalar", None),
+        ("scalar", {"data": 2, "tensor": 4}),
+        ("scalar", {"data": 2, "tensor": 2, "sequence": 2}),
+        pytest.param("vector", {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
+    ],
+    ids=["one device", "split rows and heads", "split tokens too", "split decays of channels"],
+)
+def test_the_op_calls_the_kernel(decay, mesh, monkeypatch):
     monkeypatch.setattr(tpu, "CHUNK", 16)
-    expected = op("recurrent")
+    expected = op("recurrent", decay)
     calls = []
     forward = tpu.forward
     monkeypatch.setattr(tpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
     with kernels.interpreted("tpu", "TPU v5 lite"):
         if mesh is None:
-            got = op("auto")
+            got = op("auto", decay)
         else:
             with use_mesh(make_mesh(mesh)):
-                got = op("auto")
+                got = op("auto", decay)
     ways = mesh or {}
     assert set(calls) == {(2 // ways.get("data", 1), 48 // ways.get("sequence", 1), 4 // ways.get("tensor", 1), 64)}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), got, expected)
@@ -141,13 +147,18 @@ def test_where_the_kernel_joins(change, reason):
     known = {"head_dim": 128, "value_dim": 128, "heads": 4, "decay": "scalar", "platform": "tpu", "chip": "TPU v5 lite"}
     choice = choose("delta_rule", "auto", T=512, dtype=jnp.bfloat16, **known | change)
     assert choice.form == ("kernel" if reason is None else "chunked")
-    assert reason is None or reason in choice.reason
+    if reason is not None:
+        assert reason in choice.reason
+        with pytest.raises(ValueError, match=re.escape(f'form="kernel" of delta_rule cannot run: {choice.reason}')):
+            choose("delta_rule", "kernel", T=512, dtype=jnp.bfloat16, **known | change)
 
 
 CASE = "pallas_kernels.cases:abstract"
 
 # Static cycles a token and head on v5e, forward and backward, that a change must not exceed; measured a tenth below.
 CYCLES = {"none": (8.6, 13.2), "scalar": (9.3, 15.5), "vector": (12.7, 26.5)}
+# Stores of registers that a step is short of, likewise.
+SPILLS = {"none": (1050, 1370), "scalar": (1540, 2500), "vector": (2040, 2300)}
 
 
 @pytest.mark.aot
@@ -162,6 +173,24 @@ def test_compiles_for(chip, kind, direction):
     if chip == "v5e":
         cycles = kernel["static_cycles"] / (2 * 1024 * 8)
         assert cycles < CYCLES[kind][direction == "backward"], cycles
+        assert kernel["spills"] <= SPILLS[kind][direction == "backward"], kernel["spills"]
     widest = {"K": 256, "V": 512, "H": 4, "dtype": "float32", "resets": True, "T": 256}
     for change in ({"resets": True}, widest, {"K": 64, "V": 256, "T": 256}):
         aot.report(chip, CASE, case | change)
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra tpu")
+@pytest.mark.parametrize(
+    ("direction", "change"),
+    [
+        ("forward", {"save": False}),
+        # An odd number of heads, all in one step, that take most of the memory; rows too many for the compiler to keep there.
+        ("backward", {"H": 3, "K": 64, "V": 256, "B": 64, "T": 1024}),
+    ],
+    ids=["of inference", "of heads that do not pair"],
+)
+def test_compiles_for_v5e(direction, change):
+    case = {"op": "delta_rule", "platform": "tpu", "direction": direction, "decay": "vector", "T": 256} | change
+    [kernel] = aot.report("v5e", CASE, case, schedules=False)["kernels"]
+    assert kernel["name"] == f"delta_rule_{direction}"

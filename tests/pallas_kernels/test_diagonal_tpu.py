@@ -1,13 +1,13 @@
 """TPU kernels of the diagonal recurrence: by the interpreter against the recurrent form, and by the compiler for every chip."""
 
 import importlib.util
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.ops import kernels
 from jaxlm.ops.forms import choose
@@ -15,6 +15,7 @@ from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.diagonal import tpu
+from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.diagonal import arrays, assert_close, op, reference
 
 
@@ -30,13 +31,10 @@ def test_values_and_gradients(sizes):
 
 
 def test_no_races_and_nothing_uninitialised():
-    newer = {"on_race": "raise"} if "on_race" in pltpu.InterpretParams.__dataclass_fields__ else {}  # jax >= 0.12
     given = arrays(2, 300, 640)
-    try:
-        got = run(*given, interpret=pltpu.InterpretParams(random_seed=1, detect_races=True, **newer))
-        assert_close(got, reference(*given))
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
+    with interpreters.no_races(kernels=2):
+        got = jax.block_until_ready(run(*given, interpret=interpreters.TPU))
+    assert_close(got, reference(*given))
 
 
 def test_later_tokens_change_no_earlier_bit():
@@ -84,7 +82,10 @@ def test_where_the_kernel_joins(change, reason):
     known = {"platform": "tpu", "chip": "TPU v5 lite", "dtype": jnp.float32}
     choice = choose("diagonal_recurrence", "auto", T=512, **known | change)
     assert choice.form == ("kernel" if reason is None else "chunked")
-    assert reason is None or reason in choice.reason
+    if reason is not None:
+        assert reason in choice.reason
+        with pytest.raises(ValueError, match=re.escape(f'form="kernel" of diagonal_recurrence cannot run: {choice.reason}')):
+            choose("diagonal_recurrence", "kernel", T=512, **known | change)
 
 
 @pytest.mark.aot
