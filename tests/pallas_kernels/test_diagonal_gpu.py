@@ -1,5 +1,6 @@
 """GPU kernels of the diagonal recurrence: by the interpreter with its race detection, by the compiler for Hopper, on a GPU."""
 
+import contextlib
 import importlib.util
 from functools import partial
 
@@ -7,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlm.ops import kernels
 from jaxlm.ops.diagonal import diagonal_recurrence
 from jaxlm.ops.forms import choose
+from jaxlm.parallel.context import use_mesh
+from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.diagonal import gpu
+from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.diagonal import arrays, assert_close, op, reference
-
-RACES = plgpu.InterpretGPUParams(detect_races=True)
 
 
 def run(a, b, do, state, d_final, interpret):
@@ -36,7 +37,9 @@ def test_values_gradients_and_no_races(sizes, multiprocessors, segments, monkeyp
     walk = gpu._walk
     monkeypatch.setattr(gpu, "_walk", lambda *args, **named: found.append(args[5][0].shape[1]) or walk(*args, **named))
     given = arrays(*sizes)
-    assert_close(jax.jit(partial(run, interpret=RACES))(*given), reference(*given))
+    with interpreters.no_races(kernels=2):
+        got = jax.block_until_ready(jax.jit(partial(run, interpret=interpreters.GPU))(*given))
+    assert_close(got, reference(*given))
     assert set(found) == {segments}
 
 
@@ -57,15 +60,22 @@ def test_later_tokens_change_no_earlier_bit():
         np.testing.assert_array_equal(h[:, :t], forward(*changed, state)[:, :t])
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["decays of tokens", "one decay for all"])
-def test_the_op_calls_the_kernel(shared, monkeypatch):
+@pytest.mark.parametrize(
+    ("shared", "mesh"),
+    [(False, None), (True, None), pytest.param(False, {"data": 2, "tensor": 4}, marks=pytest.mark.slow)],
+    ids=["decays of tokens", "one decay for all", "split rows and channels"],
+)
+def test_the_op_calls_the_kernel(shared, mesh, monkeypatch):
+    if mesh:
+        interpreters.let_gpus_differ(monkeypatch)
     calls = []
     forward = gpu.forward
     monkeypatch.setattr(gpu, "forward", lambda a, b, *rest, **named: calls.append(b.shape) or forward(a, b, *rest, **named))
     expected = op("recurrent", shared=shared)
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+    on = use_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext()
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"), on:
         got = op("kernel", shared=shared)
-    assert set(calls) == {(2, 48, 32)}
+    assert set(calls) == {(1, 48, 8) if mesh else (2, 48, 32)}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, expected)
 
 

@@ -1,23 +1,25 @@
 """GPU kernels of linear attention: by the interpreter with its race detection, by the compiler for Hopper, and on a GPU."""
 
+import contextlib
 import importlib.util
+import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlm.ops import kernels
 from jaxlm.ops.forms import choose
 from jaxlm.ops.linear_attention import linear_attention
+from jaxlm.parallel.context import use_mesh
+from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.linear_attention import gpu
+from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.linear_attention import KINDS, arrays, assert_close, reference
-
-RACES = plgpu.InterpretGPUParams(detect_races=True)
 
 
 def run(inputs, reset, state, do, d_final, interpret):
@@ -60,13 +62,14 @@ def test_values_gradients_and_no_races(case, monkeypatch):
     # A chip of as many multiprocessors as make that many segments.
     monkeypatch.setattr(hopper, "SMS", segments * sizes[2] * (sizes[4] // hopper.C))
     reset = reset if resets else None
-    got = run(inputs, reset, *rest, interpret=RACES)
+    with interpreters.no_races(kernels=2):
+        got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:5]] == [x.dtype for x in inputs[:3]]
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_later_tokens_change_no_earlier_bit(kind):
     inputs, reset, state, *_ = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16")
     other = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
@@ -77,9 +80,16 @@ def test_later_tokens_change_no_earlier_bit(kind):
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
 
-def test_the_op_calls_the_kernel(monkeypatch):
-    (q, k, v, g), *_ = arrays("scalar", 150, 2, 64, 64, B=2, dtype="bfloat16")
-    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, 150)), axis=1))
+@pytest.mark.parametrize(
+    ("T", "H", "mesh"),
+    [(150, 2, None), pytest.param(70, 4, {"data": 2, "tensor": 4}, marks=pytest.mark.slow)],
+    ids=["one device", "split rows and heads"],
+)
+def test_the_op_calls_the_kernel(T, H, mesh, monkeypatch):
+    if mesh:
+        interpreters.let_gpus_differ(monkeypatch)
+    (q, k, v, g), *_ = arrays("scalar", T, H, 64, 64, B=2, dtype="bfloat16")
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, T)), axis=1))
     calls = []
     forward = gpu.forward
     monkeypatch.setattr(gpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
@@ -93,9 +103,10 @@ def test_the_op_calls_the_kernel(monkeypatch):
         return *out, *gradients
 
     expected = loss("recurrent")
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+    on = use_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext()
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"), on:
         got = loss("auto")
-    assert calls == [(2, 150, 2, 64)]
+    assert set(calls) == {(1, T, 1, 64) if mesh else (2, T, H, 64)}
     for x, y in zip(got, expected, strict=True):
         x, y = (np.asarray(x, np.float64) for x in (x, y))
         assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.01
@@ -117,7 +128,10 @@ def test_where_the_kernel_joins(change, reason):
     known |= {"chip": "NVIDIA H100 80GB HBM3"} | change
     choice = choose("linear_attention", "auto", platform="gpu", **known)
     assert choice.form == ("kernel" if reason is None else "chunked")
-    assert reason is None or reason in choice.reason
+    if reason is not None:
+        assert reason in choice.reason
+        with pytest.raises(ValueError, match=re.escape(f'form="kernel" of linear_attention cannot run: {choice.reason}')):
+            choose("linear_attention", "kernel", platform="gpu", **known)
 
 
 needs_compiler = pytest.mark.skipif(
@@ -147,6 +161,15 @@ def test_compiles_for_hopper(kind, direction):
         for kernel in found:
             allowed = (spills_of_256 if change in large else spills).get(kernel["name"], 0) if kind == "vector" or change else 0
             assert kernel["spill_bytes"] <= allowed, (change, kernel)
+
+
+@pytest.mark.aot
+@needs_compiler
+def test_the_forward_of_inference_compiles_for_hopper():
+    case = {"op": "linear_attention", "platform": "gpu", "direction": "forward", "decay": "scalar", "B": 16, "T": 2048, "H": 16}
+    found = aot.report("h100", "pallas_kernels.cases:abstract", case | {"save": False})["kernels"]
+    assert sorted(kernel["name"] for kernel in found) == ["linear_attention_forward"]
+    assert not any(kernel["spill_bytes"] for kernel in found)
 
 
 @pytest.mark.gpu
