@@ -177,20 +177,3 @@ def test_compiles_for(chip, kind, direction):
     widest = {"K": 256, "V": 512, "H": 4, "dtype": "float32", "resets": True, "T": 256}
     for change in ({"resets": True}, widest, {"K": 64, "V": 256, "T": 256}):
         aot.report(chip, CASE, case | change)
-
-
-@pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra tpu")
-@pytest.mark.parametrize(
-    ("direction", "change"),
-    [
-        ("forward", {"save": False}),
-        # An odd number of heads, all in one step, that take most of the memory; rows too many for the compiler to keep there.
-        ("backward", {"H": 3, "K": 64, "V": 256, "B": 64, "T": 1024}),
-    ],
-    ids=["of inference", "of heads that do not pair"],
-)
-def test_compiles_for_v5e(direction, change):
-    case = {"op": "delta_rule", "platform": "tpu", "direction": direction, "decay": "vector", "T": 256} | change
-    [kernel] = aot.report("v5e", CASE, case, schedules=False)["kernels"]
-    assert kernel["name"] == f"delta_rule_{direction}"
