@@ -178,8 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
         "Train a small model of every mixer on every diagnostic task and test it beyond the trained size; writes tasks.json\n"
         "after every model, so that a stopped run goes on, prints a table and draws tasks.png (extra: plot).",
     )  # fmt: skip
-    sub.add_argument("--mixers", type=names, metavar="A,B", help="mixers (default: all)")
-    sub.add_argument("--tasks", type=names, metavar="A,B", help="tasks (default: all)")
+    sub.add_argument("--mixers", type=names, metavar="A,B", help="mixers (default: all; --quick: three of them)")
+    sub.add_argument("--tasks", type=names, metavar="A,B", help="tasks (default: all; --quick: eight of them)")
     sub.add_argument("--seeds", type=int, default=1, help="models of each kind, of which the best counts (default %(default)s)")
     sub.add_argument("--steps", type=int, help="training steps of every model")
     sub.add_argument(

@@ -324,13 +324,14 @@ TASKS = {
     "s3": Task(_with(word_problem, n=3), 6, (1, 24), (24, 64, 128), 1 / 6),
     "s5": Task(_with(word_problem, n=5), 120, (1, 24), (24, 64, 128), 1 / 120),
     # The state shows itself in a hundred and twenty answers: learnt late, and then whole.
-    "s5_swaps": Task(_with(word_problem, n=5, swaps=True), 120, (1, 24), (24, 64, 128), 1 / 120, effort=2),
+    "s5_swaps": Task(_with(word_problem, n=5, swaps=True), 120, (1, 24), (24, 64, 128), 1 / 120, effort=3),
     "copying": Task(copying, 17, (1, 24), (24, 48), 1 / 16),
     "selective_copying": Task(selective_copying, 18, (32, 32), (32, 64), 1 / 16),
-    # Attention finds recall late, and then at once.
-    "mqar": Task(_with(mqar, vocab=64), 64, (4, 16), (16, 24), 1 / 32, effort=5),
+    # Attention finds recall late, and then at once; the fewer pairs, the earlier.
+    "mqar_few": Task(_with(mqar, vocab=32), 32, (2, 4), (4, 8), 1 / 16, effort=4),
+    "mqar": Task(_with(mqar, vocab=64), 64, (4, 16), (16, 24), 1 / 32, effort=3),
     # As many pairs as a head has key channels, or more: what a state of fixed size can hold shows here.
-    "mqar_many": Task(_with(mqar, vocab=256, tokens_a_pair=4), 256, (8, 64), (64, 96), 1 / 128, effort=2.5),
+    "mqar_many": Task(_with(mqar, vocab=256, tokens_a_pair=4), 256, (8, 64), (64, 96), 1 / 128, effort=3),
     "k_hop": Task(k_hop, 9, (48, 48), (48, 96), 0.25),
     "in_context_language": Task(in_context_language, 19, (128, 128), (128, 256), 1 / 18),
     "addition_plain": Task(_with(addition, style="plain"), len(_CHARACTERS) + 1, (3, 3), (3, 4), 0.1),

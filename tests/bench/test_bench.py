@@ -176,6 +176,29 @@ def test_accuracy_counts_asked_positions_and_accepted_answers():
     assert tasks.accuracy(answer, task, "x", 3, scale) == 1.0
 
 
+def test_models_that_diverged_have_no_accuracy(tmp_path, monkeypatch, capsys):
+    echo = tasks.Task(lambda rng, n, size: identity(rng, n, size), 4, (4, 8), (8, 16), 0.25)
+    monkeypatch.setitem(tasks.TASKS, "echo", echo)
+    result = tasks.run(tmp_path, mixers=["linear"], tasks=["echo"], scale=SCALE._replace(learning_rate=1e38))
+    assert result["cells"][0]["loss"] is None
+    assert "NaN" not in (tmp_path / "tasks.json").read_text()
+    assert "loss not finite" in capsys.readouterr().err
+    assert tasks.table(result)[2] == [["linear", "diverged"]]
+    # Another seed that did not says what the mixer can learn.
+    other = result["cells"][0] | {"seed": 1, "loss": 0.5, "accuracy": {"8": 0.5, "16": 0.25}}
+    for cells in ([*result["cells"], other], [other, *result["cells"]]):
+        assert tasks.table(result | {"cells": cells})[2] == [["linear", "50/25"]]
+
+
+def test_training_examples_have_all_sizes_in_equal_shares():
+    task = tasks.Task(identity, 4, (1, 16), (16,), 0.25)
+    marked = task._replace(generate=lambda rng, n, size: identity(rng, n, size)._replace(tokens=np.full((n, size), size)))
+    tokens = tasks._Batches(marked, "x", 0, SCALE._replace(pool=66)).pool[0]
+    assert tokens.shape == (66, 16)
+    sizes, counts = np.unique(tokens[:, 0], return_counts=True)
+    assert dict(zip(sizes.tolist(), counts.tolist(), strict=True)) == {2: 17, 4: 17, 8: 16, 16: 16}
+
+
 def test_every_mixer_that_stands_alone_has_a_model():
     names = tasks.mixer_names()
     assert {"attention", "gla", "deltanet-negative"} <= set(names)
