@@ -16,6 +16,8 @@ CHIPS = ("H100", "H200", "H800", "H20")
 FLOOR = -128.0  # exp(-128) is 0 in float32 and sums of 64 of them are finite, where those of -inf are not
 LOG2E = math.log2(math.e)
 SMS = 132  # multiprocessors of the chip
+# By which jax_default_matmul_precision float32 may be multiplied as bfloat16; None and "default" mean TF32 on these chips.
+PRECISIONS = ("bfloat16", "BF16_BF16_F32", "BF16_BF16_BF16")
 F32 = jnp.float32
 
 WGMMA = plgpu.Layout.WGMMA
@@ -26,13 +28,19 @@ COLS = WGMMA.reduce(0)  # a number for every column
 
 def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
     """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
-    and rules nothing out."""
+    and rules nothing out. Float32 runs where jax_default_matmul_precision, as it is in force here, is one of `PRECISIONS`."""
     if not any(name in chip for name in CHIPS):
         return f"the GPU kernel is made for Hopper ({', '.join(CHIPS)}), not for {chip or 'an unknown chip'}"
     if (K is not None and K not in DIMS["K"]) or (V is not None and V not in DIMS["V"]):
         return f"the GPU kernel has K in {DIMS['K']} and V in {DIMS['V']}, not K={K}, V={V}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"the GPU kernel takes bfloat16, not {jnp.dtype(dtype).name}"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"the GPU kernel takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
+    precision = jax.config.jax_default_matmul_precision
+    if jnp.dtype(dtype) == jnp.float32 and precision not in PRECISIONS:
+        return (
+            f"the GPU kernel multiplies in bfloat16, too coarse for float32 under jax_default_matmul_precision={precision}: "
+            'pass bfloat16, or set jax.default_matmul_precision("bfloat16")'
+        )
     return None
 
 
@@ -307,9 +315,20 @@ def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, 
     return first if ahead == V // C else lax.fori_loop(1, V // C // ahead, turn, first)
 
 
-def padded(x, unit):
-    """x [B, T, ...] with zeros up to a multiple of `unit` tokens."""
-    return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % unit), *[(0, 0)] * (x.ndim - 2)))
+def rounded(unit, *arrays):
+    """Arrays [B, T, ...] as the kernels multiply them: in bfloat16, with zeros up to a multiple of `unit` tokens."""
+    return [jnp.pad(x.astype(jnp.bfloat16), ((0, 0), (0, -x.shape[1] % unit), *[(0, 0)] * (x.ndim - 2))) for x in arrays]
+
+
+def as_given(given, *arrays):
+    """What kernels made of `rounded` arrays, as those that were given: in their dtypes, without the padding."""
+
+    def back(x, like):
+        x = x[:, : like.shape[1]]
+        # XLA would leave out a rounding that is taken back, of sums that kernels left to it.
+        return x if x.dtype == like.dtype else lax.reduce_precision(x.astype(F32), 8, 7).astype(like.dtype)
+
+    return [back(x, like) for x, like in zip(arrays, given, strict=True)]
 
 
 def warpgroups(walks, K, V):

@@ -80,7 +80,8 @@ def linear_attention(
         what it gets alone. The first run of a row continues `initial_state`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
         gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPUs
-        and Hopper GPUs; its gradient keeps the inputs and one state a chunk) or "auto" (see `forms.choose`).
+        and Hopper GPUs; its gradient keeps the inputs and one state a chunk) or "auto" (see `forms.choose`). On GPUs the
+        kernel takes float32 only where `jax.default_matmul_precision` says "bfloat16", and rounds it to that.
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk. The kernel has its own.
 
     Returns:

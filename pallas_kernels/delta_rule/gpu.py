@@ -43,6 +43,7 @@ from pallas_kernels.gpu import (
     WGMMA,
     C,
     Call,
+    as_given,
     by_column,
     by_row,
     cumulative_sums,
@@ -52,10 +53,10 @@ from pallas_kernels.gpu import (
     load,
     load_state,
     over_values,
-    padded,
     product_after,
     product_before,
     product_total,
+    rounded,
     store_state,
     swizzled,
     times,
@@ -971,7 +972,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
 
     Args:
       scale: multiplies q.
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded.
       beta: [B, T, H, 1], float32.
       log_decay: None or [B, T, H, 1], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.
@@ -980,10 +981,10 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
       interpret: run by the interpreter: True, or its `InterpretGPUParams`.
 
     Returns:
-      o [B, T, H, V] in v's dtype; the final state, float32; what `backward` needs, None unless save.
+      o [B, T, H, V], bfloat16 numbers in v's dtype; the final state, float32; what `backward` needs, None unless save.
     """
-    call, length = Call(interpret), q.shape[1]
-    q, k, v = (padded(x, C) for x in (q, k, v))
+    call, given = Call(interpret), (v,)
+    q, k, v = rounded(C, q, k, v)
     beta = _gates(beta, q.shape[1])
     if log_decay is not None and log_decay.shape[-1] > 1:
         gates = channels_of(log_decay, reset, q.shape[1])
@@ -1002,7 +1003,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
         added, maps = both[..., :V, :], both[..., V:, :]
         states = _entering(added, maps, state)
     final, o, *saved = walk(states, save=save)
-    return o[:, :length], final[:, -1], (*saved, maps, inverse) if save else None
+    return *as_given(given, o), final[:, -1], (*saved, maps, inverse) if save else None
 
 
 def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -1010,13 +1011,14 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
 
     Args:
       scale, q, k, v, beta, log_decay, reset, interpret: as for `forward`; saved: what it returned.
-      do: [B, T, H, V]; d_final: [B, H, K, V] float32.
+      do: [B, T, H, V], as q, k and v; d_final: [B, H, K, V] float32.
 
     Returns:
-      dq, dk, dv in their dtypes; dbeta, float32; dlog_decay, float32 or None; the gradient of the initial state, float32.
+      dq, dk, dv, bfloat16 numbers in the dtypes of q, k, v; dbeta, float32; dlog_decay, float32 or None; the gradient of the
+      initial state, float32.
     """
-    call, length = Call(interpret), q.shape[1]
-    q, k, do = (padded(x, C) for x in (q, k, do))
+    call, length, given = Call(interpret), q.shape[1], (q, k, v)
+    q, k, do = rounded(C, q, k, do)
     beta = _gates(beta, q.shape[1])
     h, r, maps, inverse = saved
 
@@ -1048,4 +1050,4 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
             dg = of_tokens(cumulative_sums(flow, reverse=True) + jnp.sum(common, -1, keepdims=True))
             if reset is not None:
                 dg = jnp.where(reset[..., None, None], 0.0, dg)
-    return *(x[:, :length] for x in (dq, dk, dv)), of_tokens(jnp.sum(dbeta, axis=3)), dg, d_state
+    return *as_given(given, dq, dk, dv), of_tokens(jnp.sum(dbeta, axis=3)), dg, d_state

@@ -5,7 +5,7 @@ Without decay or with one of every head, three kernels:
 - forward: a warpgroup walks a head's chunks of 64 tokens in order with 64 value channels of the state, transposed, in
   registers, and where blocks are few another one makes the outputs. q, k and v come by the copy engine one to three chunks
   ahead. Scores weighed by exp(b_i - b_j) and the state's part of the output add up in one accumulator. For training it also
-  writes the state that enters every second chunk, in q's dtype.
+  writes the state that enters every second chunk, in bfloat16.
 - backward, states: the same walk in reverse with the cotangent of the state.
 - backward: every pair of chunks on its own, from the state that enters it and the cotangent of the one that leaves it; two
   warpgroups take 64 tokens each, as queries for dq and as keys for dk and dv.
@@ -47,6 +47,7 @@ from pallas_kernels.gpu import (
     WGMMA,
     C,
     Call,
+    as_given,
     by_column,
     by_row,
     cumulative_sums,
@@ -55,10 +56,10 @@ from pallas_kernels.gpu import (
     load,
     load_state,
     over_values,
-    padded,
     product_after,
     product_before,
     product_total,
+    rounded,
     store_state,
     swizzled,
     times,
@@ -697,7 +698,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
 
     Args:
       scale: multiplies q.
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded.
       log_decay: [B, T, H, 1 or K] float32, None for no decay. Factors below exp(-128) count as exp(-128), which is 0.
       reset: bool [B, T], drops the state before the token is read; or None.
       state: [B, H, K, V] float32.
@@ -705,10 +706,10 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
       interpret: run by the interpreter: True, or its `InterpretGPUParams`.
 
     Returns:
-      o [B, T, H, V] in the dtype of v; the final state, float32; what `backward` needs, None unless save.
+      o [B, T, H, V], bfloat16 numbers in the dtype of v; the final state, float32; what `backward` needs, None unless save.
     """
-    call, length = Call(interpret), q.shape[1]
-    q, k, v = (padded(x, PAIR) for x in (q, k, v))
+    call, given = Call(interpret), (v,)
+    q, k, v = rounded(PAIR, q, k, v)
     unit = PAIR
     if _is_vector(log_decay):
         q, k, scores, total = _prepare_channels(call, q, k, *channels_of(log_decay, reset, q.shape[1]), scale=scale)
@@ -717,7 +718,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
         walk = partial(_walk, call, k, v, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
     decays = partial(_segment_decays, log_decay, reset)
     final, o, saved = _walked(walk, state, decays, v.shape, unit, q=q, emit=save)
-    return o[:, :length], final, saved
+    return *as_given(given, o), final, saved
 
 
 def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -725,13 +726,14 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
 
     Args:
       scale, q, k, v, log_decay, reset, interpret: as for `forward`; saved: what it returned.
-      do: [B, T, H, V]; d_final: [B, H, K, V] float32.
+      do: [B, T, H, V], as q, k and v; d_final: [B, H, K, V] float32.
 
     Returns:
-      dq, dk, dv in their dtypes; d log_decay, float32 (None without); the gradient of the initial state, float32.
+      dq, dk, dv, bfloat16 numbers in the dtypes of q, k, v; d log_decay, float32 (None without); the gradient of the initial
+      state, float32.
     """
-    call, length = Call(interpret), q.shape[1]
-    q, k, v, do = (padded(x, PAIR) for x in (q, k, v, do))
+    call, length, given = Call(interpret), q.shape[1], (q, k, v)
+    q, k, v, do = rounded(PAIR, q, k, v, do)
     decays = partial(_segment_decays, log_decay, reset)
     if _is_vector(log_decay):
         g, start = channels_of(log_decay, reset, q.shape[1])
@@ -739,7 +741,7 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
         walk = partial(_walk_channels, call, scaled_q, do, total, scores=scores)
         d_state, dv, d_leaving = _walked(walk, d_final, decays, v.shape, C, q=scaled_k, emit=True, reverse=True)
         dq, dk, dg = _gradients_channels(call, q, k, v, do, g, start, saved, d_leaving, scale=scale)
-        return *(x[:, :length] for x in (dq, dk, dv, dg)), d_state
+        return *as_given(given, dq, dk, dv), dg[:, :length], d_state
     walk = partial(_walk, call, q, do, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
     d_state, _, d_leaving = _walked(walk, d_final, decays, v.shape, PAIR, emit=True, reverse=True)
     rows = decay_rows(log_decay, reset, q.shape[1], PAIR)
@@ -751,4 +753,4 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
         dg = dg.reshape(*dg.shape[:2], -1)[..., :length].swapaxes(1, 2)[..., None]
         if reset is not None:
             dg = jnp.where(reset[..., None, None], 0.0, dg)
-    return dq[:, :length], dk[:, :length], dv[:, :length], dg, d_state
+    return *as_given(given, dq, dk, dv), dg, d_state

@@ -13,6 +13,7 @@ from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import gpu as hopper
 
 V5E = {"platform": "tpu", "chip": "TPU v5 lite"}
+H100 = {"platform": "gpu", "chip": "NVIDIA H100 80GB HBM3"}
 ODD = V5E | {"head_dim": 64, "value_dim": 256}
 
 
@@ -64,6 +65,28 @@ def test_the_heads_that_a_kernel_sees_are_those_of_a_device(op):
             assert choice.form == "chunked"
             assert reason in choice.reason
         assert forms.choose(op, "auto", **known, heads=16).form == "kernel"
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+def test_hopper_takes_float32_where_jax_is_told_that_bfloat16_products_do(op):
+    known = {"T": 256, "head_dim": 128, "value_dim": 128, "heads": 4, "decay": "scalar"} | H100
+    for precision in ("bfloat16", "BF16_BF16_F32", "BF16_BF16_BF16"):
+        with jax.default_matmul_precision(precision):
+            assert forms.choose(op, "auto", dtype=jnp.float32, **known).form == "kernel"
+            assert forms.choose(op, "kernel", dtype=jnp.float32, **known).form == "kernel"
+            assert "not float16" in forms.choose(op, "auto", dtype=jnp.float16, **known).reason
+    for precision in (None, "default", "tensorfloat32", "float32", "BF16_BF16_F32_X3", "TF32_TF32_F32"):
+        with jax.default_matmul_precision(precision):
+            choice = forms.choose(op, "auto", dtype=jnp.float32, **known)
+            assert choice.form == "chunked"
+            assert choice.reason == (
+                "the GPU kernel multiplies in bfloat16, too coarse for float32 under "
+                f"jax_default_matmul_precision={precision}: "
+                'pass bfloat16, or set jax.default_matmul_precision("bfloat16")'
+            )
+            with pytest.raises(ValueError, match=re.escape(f'form="kernel" of {op} cannot run: {choice.reason}')):
+                forms.choose(op, "kernel", dtype=jnp.float32, **known)
+            assert forms.choose(op, "auto", dtype=jnp.bfloat16, **known).form == "kernel"
 
 
 @pytest.mark.parametrize("op", forms.OPS)

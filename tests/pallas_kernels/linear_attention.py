@@ -61,3 +61,14 @@ def assert_all_close(got, expected, names, tolerances):
             continue
         error = np.sqrt(np.mean((x - y) ** 2)) / np.sqrt(np.mean(y**2))
         assert error < tolerances[name], (name, error)
+
+
+def assert_rounded(run, inputs, reset, state, do, d_final):
+    """Kernels make the same bits of inputs as of those in bfloat16, and return them in the dtypes of the inputs."""
+    low = [x.astype(jnp.bfloat16) for x in (*inputs[:3], do)]
+    got = run(inputs, reset, state, do, d_final)
+    expected = run((*low[:3], *inputs[3:]), reset, state, low[3], d_final)
+    assert [x.dtype for x in expected[:5]] == [jnp.bfloat16, jnp.float32, *[jnp.bfloat16] * 3]
+    assert [x.dtype for x in got[:5]] == [x.dtype for x in (inputs[2], state, *inputs[:3])]
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y.astype(x.dtype))

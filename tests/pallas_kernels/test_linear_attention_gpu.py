@@ -19,7 +19,7 @@ from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.linear_attention import gpu
 from tests.pallas_kernels import interpreters
-from tests.pallas_kernels.linear_attention import KINDS, arrays, assert_close, reference
+from tests.pallas_kernels.linear_attention import KINDS, arrays, assert_close, assert_rounded, reference
 
 
 def run(inputs, reset, state, do, d_final, interpret):
@@ -112,6 +112,43 @@ def test_the_op_calls_the_kernel(T, H, mesh, monkeypatch):
         assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.01
 
 
+@pytest.mark.parametrize("kind", ["scalar", "vector", pytest.param("none", marks=pytest.mark.slow)])
+def test_others_are_rounded_to_bfloat16(kind):
+    (q, k, v, *gates), reset, state, do, d_final = arrays(kind, 70, 1, 64, 64, B=1)
+    if kind != "scalar":
+        q = q.astype(jnp.bfloat16)
+    assert_rounded(partial(run, interpret=True), (q, k, v, *gates), reset, state, do, d_final)
+
+
+def test_float32_through_the_op(monkeypatch):
+    """The kernel joins where the setting of jax allows bfloat16 products, in what is traced already too."""
+    (q, k, v, g), *_ = arrays("scalar", 130, 1, 64, 64, B=1)
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(1, 130)), axis=1))
+    calls = []
+    forward = gpu.forward
+    monkeypatch.setattr(gpu, "forward", lambda *args, **rest: calls.append(args[1].dtype) or forward(*args, **rest))
+
+    def of(q, k, v, g, form):
+        o, state = linear_attention(q, k, v, g[..., 0], segment_ids=ids, form=form)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state)), (o, state)
+
+    both = jax.jit(jax.value_and_grad(of, range(4), has_aux=True), static_argnums=4)
+    low = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (q, k, v)]
+    expected = both(*low, g, "recurrent")
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+        both(q, k, v, g, "auto")
+        assert not calls
+        with jax.default_matmul_precision("bfloat16"):
+            got = both(q, k, v, g, "auto")
+        assert calls == [jnp.float32]
+        both(q, k, v, g, "auto")
+        assert len(calls) == 1
+    for x, y in zip(*(jax.tree.leaves((out, gradients)) for (_, out), gradients in (got, expected)), strict=True):
+        assert x.dtype == jnp.float32
+        x, y = (np.asarray(x, np.float64) for x in (x, y))
+        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.01
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -119,7 +156,7 @@ def test_the_op_calls_the_kernel(T, H, mesh, monkeypatch):
         ({"chip": "NVIDIA A100-SXM4-40GB"}, "made for Hopper"),
         ({"decay": "vector"}, None),
         ({"head_dim": 96}, "K in (64, 128, 256) and V in (64, 128, 256, 512), not K=96, V=64"),
-        ({"dtype": jnp.float32}, "takes bfloat16, not float32"),
+        ({"dtype": jnp.float16}, "takes bfloat16 and float32, not float16"),
     ],
     ids=str,
 )
@@ -183,3 +220,8 @@ def test_on_the_device(case):
     again = run(inputs, reset, *rest, interpret=False)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+def test_float32_on_the_device():
+    assert_rounded(partial(run, interpret=False), *arrays("scalar", 256, 2, 256, 256))
