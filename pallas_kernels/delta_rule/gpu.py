@@ -728,9 +728,10 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
 
 def _segments(walks, V, chunks):
     """Segments of time, so many that walks with few heads fill the chip with a block of 64 value channels each. They double
-    the work."""
+    the work, so that two would gain nothing."""
     most = max(1, min(gpu.SMS // (walks * (V // C)), chunks // FEWEST))
-    return -(-chunks // -(-chunks // most))  # none is empty
+    segments = -(-chunks // -(-chunks // most))  # none is empty
+    return segments if segments > 2 else 1
 
 
 def _entering(added, maps, first, *, reverse=False):

@@ -73,6 +73,7 @@ from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
 __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 
 PAIR = 2 * C  # tokens a chunk of the gradients, and between saved states
+FEWEST = 4  # pairs of chunks of a segment of time
 
 # The logical axes of what `forward` saves.
 SAVED_AXES = ("batch", None, "heads", None, None)
@@ -669,6 +670,13 @@ def _entering(local, decays, state, *, reverse=False):
     return jnp.stack(entering, axis=1)
 
 
+def _segments(walks, V, pairs, *, cheaply):
+    """Segments of time, so many that walks with few heads fill the chip. Two take twice half the time, so that they pay only if
+    the first walk is cheap beside the second one."""
+    segments = max(1, min(gpu.SMS // (walks * (V // C)), pairs // FEWEST))
+    return 1 if segments == 2 and not cheaply else segments
+
+
 def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
     """A walk from one state [B, H, K, V] over all of time; where there are few heads, in parallel segments of time whose
     entering states a first walk finds.
@@ -679,7 +687,8 @@ def _walked(walk, state, decays, shape, unit, *, q=None, emit, reverse=False):
       shape: that of v; unit: tokens that a segment is a multiple of.
     """
     B, T, H, V = shape
-    segments = max(1, min(gpu.SMS // (B * H * (V // C)), T // PAIR // 4))
+    # Of decays of channels and in reverse the first walk takes as long as the second one.
+    segments = _segments(B * H, V, T // PAIR, cheaply=unit == PAIR and not reverse)
     states = state[:, None]
     if segments > 1:
         zeros = jnp.zeros((B, segments, *state.shape[1:]), F32)

@@ -85,6 +85,7 @@ def test_segments_of_time(case, monkeypatch):
     monkeypatch.setattr(hopper, "SMS", 4 * V // 64)
     monkeypatch.setattr(gpu, "FEWEST", 1)
     assert gpu._segments(1, V, 5) == 3
+    assert gpu._segments(2, V, 5) == 1  # two would gain nothing
     reset = reset if resets else None
     with interpreters.no_races(kernels=2):
         got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))

@@ -37,18 +37,18 @@ def run(inputs, reset, state, do, d_final, interpret):
 CASES = [
     # kind, T, H, K, V, resets, segments of time
     ("scalar", 300, 1, 64, 128, True, 1),
-    ("scalar", 700, 1, 128, 64, False, 2),
+    ("scalar", 300, 1, 128, 64, False, 3),
     ("none", 130, 2, 64, 64, True, 1),
     ("vector", 130, 1, 64, 128, True, 1),
-    ("vector", 700, 1, 64, 64, False, 4),
+    ("vector", 400, 1, 64, 64, False, 4),
 ]
 MORE = [
     ("scalar", 130, 1, 256, 256, True, 1),
     ("vector", 130, 1, 256, 256, True, 1),
     ("none", 130, 1, 128, 512, False, 1),
-    ("vector", 200, 1, 128, 128, True, 2),
+    ("vector", 300, 1, 128, 128, True, 3),
     ("vector", 65, 2, 128, 64, False, 1),
-    ("scalar", 1100, 1, 128, 128, True, 3),
+    ("scalar", 600, 1, 128, 128, True, 4),
     ("scalar", 64, 3, 128, 128, True, 1),
     ("none", 1, 2, 128, 128, False, 1),
     ("none", 260, 2, 128, 128, False, 1),
@@ -59,14 +59,27 @@ MORE = [
 def test_values_gradients_and_no_races(case, monkeypatch):
     *sizes, resets, segments = case
     inputs, reset, *rest = arrays(*sizes, B=1, dtype="bfloat16")
+    if segments > 1:  # decays that leave something of a state after a segment
+        inputs = *inputs[:3], jnp.maximum(inputs[3], -80) / 1000
     # A chip of as many multiprocessors as make that many segments.
     monkeypatch.setattr(hopper, "SMS", segments * sizes[2] * (sizes[4] // hopper.C))
+    monkeypatch.setattr(gpu, "FEWEST", 1)
+    found, count = [], gpu._segments
+    monkeypatch.setattr(gpu, "_segments", lambda *args, **rest: found.append(count(*args, **rest)) or found[-1])
     reset = reset if resets else None
     with interpreters.no_races(kernels=2):
         got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))
+    assert found == [segments] * 2
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:5]] == [x.dtype for x in inputs[:3]]
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+
+
+def test_two_segments_of_time_are_walked_only_where_the_first_walk_is_cheap():
+    for walks, most in ((16, 4), (32, 2), (64, 1)):
+        assert gpu._segments(walks, 128, 128, cheaply=True) == most
+        assert gpu._segments(walks, 128, 128, cheaply=False) == (1 if most == 2 else most)
+    assert gpu._segments(1, 128, 4 * gpu.FEWEST, cheaply=False) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
