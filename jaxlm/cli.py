@@ -158,6 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x, h100 (default: all; --quick: v5e)")
     sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row, in rows of 32,768 in all")
     sub.add_argument("--forms", type=names, metavar="A,B", help="kernel alone, or also chunked; on a GPU also recurrent")
+    sub.add_argument(
+        "--merge", type=names, metavar="A,B", help="measure nothing: join the times.json of these folders and draw them"
+    )
     for letter, what, value in (
         ("B", "rows, where kernels are compiled", 2), ("T", "tokens, likewise", 4096), ("H", "heads", 8),
         ("K", "key channels", 128), ("V", "value channels", 128),
@@ -352,6 +355,9 @@ def bench_kernels_command(arguments: argparse.Namespace) -> None:
     from jaxlm.bench import kernel_times, kernels
     from pallas_kernels.cases import Shape
 
+    if arguments.merge:
+        kernel_times.merge(arguments.output, [Path(name) for name in arguments.merge])
+        return
     if jax.default_backend() == "gpu":
         kernel_times.run(
             arguments.output, names=arguments.kernels, lengths=arguments.lengths, H=arguments.H, K=arguments.K, V=arguments.V,

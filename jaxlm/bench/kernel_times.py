@@ -215,6 +215,7 @@ def run(
             for direction in DIRECTIONS:
                 if direction != "forward":
                     least += cases.least_bytes(op, "backward", decay, shape)
+                kernel = None
                 for form in (*forms, *peers):
                     row = {"op": op, "decay": decay, "direction": direction, "form": form, "B": shape.B, "T": T}
                     row["floor_ms"] = least / rate * 1e-9
@@ -222,15 +223,70 @@ def run(
                         row["ms"] = _time(op, decay, form, arrays, direction)
                     except Exception as error:  # a peer or XLA's autotuner may fail in any way, and the rest still counts
                         row["ms"], row["error"] = None, f"{type(error).__name__}: {error}"[:300]
+                    if form == "kernel":
+                        kernel = row["ms"]
+                    elif row["ms"] and kernel:
+                        row["over_kernel"] = row["ms"] / kernel
                     if row["ms"] is not None or "error" in row:
                         rows.append(row)
                         shown = f"{row['ms']:.3f} ms" if row["ms"] else row["error"]
                         console.print(f"{name}, {direction}, B={shape.B} T={T}, {form}: {shown}", markup=False, highlight=False)
                         # A peer may compile for minutes, and what is measured stays measured.
                         write_json(output / "times.json", result)
-    print_table(*table(result))
-    console.print(f"wrote {output / 'times.json'}" + (f" and {output / 'times.png'}" if draw(result, output) else ""))
+    show(result, output)
     return result
+
+
+def merge(output: Path, folders: Sequence[Path]) -> dict:
+    """Join the times.json of several runs, as of a machine lent for minutes at a time, into OUTPUT/times.json and its plot.
+
+    Of a kernel, direction, form and length that several runs have, the last one's row stays. Ratios to the kernel are those
+    of the process that measured both; the absolute times of different lines may be of different machines of one kind.
+
+    Args:
+      folders: that hold a times.json, or such files; what OUTPUT held before stays only if it is one of them.
+
+    Raises:
+      UserError: for a folder without times.json, and for results of other devices, versions of jax or sizes than the first.
+    """
+    merged, rows = None, {}
+    for folder in folders:
+        path = folder if folder.suffix == ".json" else folder / "times.json"
+        result = read_json(path)
+        if result is None:
+            raise UserError(f"--merge: there is no {path}")
+        is_of = {name: result["environment"].get(name) for name in ("device", "jax")} | result["settings"]
+        merged = merged or result | {"is_of": is_of}
+        if is_of != merged["is_of"]:
+            raise UserError(f"--merge: {path} is of {is_of}, not of {merged['is_of']}")
+        kernels_ms = {_place(row): row["ms"] for row in result["rows"] if row["form"] == "kernel"}
+        for row in result["rows"]:
+            kernel = kernels_ms.get(_place(row))
+            if row["form"] != "kernel" and row["ms"] and kernel:
+                row.setdefault("over_kernel", row["ms"] / kernel)
+            rows[*_place(row), row["form"]] = row
+    ranks = {name: i for i, name in enumerate((*OPS, *cases.DECAYS, *DIRECTIONS, "kernel", "chunked", "recurrent"))}
+
+    def order(row):
+        named = [ranks[row[name]] for name in ("op", "decay")]
+        return *named, row["T"], ranks[row["direction"]], ranks.get(row["form"], len(ranks)), row["form"]
+
+    result = {**merged, "rows": sorted(rows.values(), key=order)}
+    del result["is_of"]
+    write_json(output / "times.json", result)
+    show(result, output)
+    return result
+
+
+def _place(row: dict) -> tuple:
+    return row["op"], row["decay"], row["direction"], row["T"]
+
+
+def show(result: dict, output: Path) -> None:
+    """Print the table, draw the plot and say where both are."""
+    print_table(*table(result))
+    drawn = f" and {output / 'times.png'}" if draw(result, output) else ""
+    Console(stderr=True).print(f"wrote {output / 'times.json'}{drawn}", markup=False, highlight=False)
 
 
 def _time(op: str, decay: str, form: str, arrays: dict, direction: str) -> float | None:
@@ -252,12 +308,12 @@ def table(result: dict) -> tuple[str, list[str], list[list[str]]]:
         lines.setdefault((row["op"], row["decay"], row["direction"], row["B"], row["T"]), {})[row["form"]] = row
     rows = []
     for (op, decay, direction, B, T), found in lines.items():
-        kernel, line = found["kernel"]["ms"], [f"{op}-{decay}", direction, str(B), str(T)]
+        line = [f"{op}-{decay}", direction, str(B), str(T)]
         for form in forms:
-            ms = found[form]["ms"] if form in found else None
-            over = f" ({ms / kernel:.2f}x)" if ms and kernel and form != "kernel" else ""
-            line.append(f"{ms:.3f}{over}" if ms else "failed" if form in found else "-")
-        rows.append([*line, f"{found['kernel']['floor_ms']:.3f}"])
+            row = found.get(form, {})
+            over = f" ({row['over_kernel']:.2f}x)" if "over_kernel" in row else ""
+            line.append(f"{row['ms']:.3f}{over}" if row.get("ms") else "failed" if row else "-")
+        rows.append([*line, f"{next(iter(found.values()))['floor_ms']:.3f}"])
     return title, ["kernel", "direction", "B", "T", *forms, "floor"], rows
 
 
@@ -274,6 +330,9 @@ def draw(result: dict, output: Path) -> bool:
         for line, direction in enumerate(DIRECTIONS):
             axis = axes[line, column]
             chosen_rows = [row for row in result["rows"] if (row["op"], row["decay"], row["direction"]) == (*name, direction)]
+            if not chosen_rows:
+                axis.set_axis_off()
+                continue
 
             def curve(rows, key):
                 rows = sorted(rows, key=lambda row: row["T"])
@@ -283,7 +342,8 @@ def draw(result: dict, output: Path) -> bool:
                 rows = [row for row in chosen_rows if row["form"] == form and row["ms"]]
                 # Also without rows, so that every panel has the same colours and the first one all of the legend.
                 axis.plot(*curve(rows, "ms"), f"C{number}", marker="o", markersize=3, label=form)
-            axis.plot(*curve([row for row in chosen_rows if row["form"] == "kernel"], "floor_ms"), "k--", label="floor")
+            floors = {row["T"]: row for row in chosen_rows}
+            axis.plot(*curve(floors.values(), "floor_ms"), "k--", label="floor")
             axis.set(xscale="log", yscale="log", xlabel="tokens a row")
             axis.set_title(f"{'-'.join(name)}, {direction}", fontsize=8)
             lengths = sorted({row["T"] for row in chosen_rows})

@@ -63,7 +63,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*row)
     # A pipe has no width to fit, and a table cut off is worse than one that wraps.
-    console = Console(width=max(Console().width, 140))
+    console = Console(width=max(Console().width, Console(width=1000).measure(table).maximum))
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     console.print(table)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm.bench import kernel_times, kernels, mixers, report, tasks, training
+from jaxlm.cli import main
 from jaxlm.ops import forms
 from jaxlm.schema import UserError
 from jaxlm.training.run import load_config
@@ -244,13 +245,37 @@ def test_times_of_kernels_are_ratios_to_the_kernel_beside_the_floor():
     row = {"op": "linear_attention", "decay": "scalar", "B": 4, "T": 8192, "floor_ms": 0.25}
     rows = [
         row | {"direction": "forward", "form": "kernel", "ms": 0.5},
-        row | {"direction": "forward", "form": "chunked", "ms": 4.0},
+        row | {"direction": "forward", "form": "chunked", "ms": 4.0, "over_kernel": 8.0},
         row | {"direction": "forward", "form": "peer", "ms": None, "error": "does not run"},
     ]
     result = {"environment": {"device": "H100"}, "settings": {"H": 16}, "copy_tb_s": 2.9, "rows": rows}
     _, columns, lines = kernel_times.table(result)
     assert columns[4:] == ["kernel", "chunked", "peer", "floor"]
     assert lines == [["linear_attention-scalar", "forward", "4", "8192", "0.500", "4.000 (8.00x)", "failed", "0.250"]]
+
+
+def test_times_of_several_runs_are_joined_with_the_ratios_of_each(tmp_path):
+    row = {"op": "delta_rule", "decay": "none", "direction": "forward", "B": 4, "T": 8192, "floor_ms": 0.25}
+    settings = {"environment": {"device": "H100", "jax": "1"}, "settings": {"H": 16}, "copy_tb_s": 2.9}
+    runs = {
+        "a": [row | {"form": "kernel", "ms": 0.5}, row | {"form": "chunked", "ms": 4.0}],
+        "b": [row | {"form": "kernel", "ms": 0.4}, row | {"form": "peer", "ms": 0.8, "over_kernel": 2.0}],
+        "c": [row | {"form": "kernel", "ms": 0.3, "T": 2048}, row | {"form": "peer", "ms": None, "error": "fails", "T": 2048}],
+    }
+    for name, rows in runs.items():
+        report.write_json(tmp_path / name / "times.json", settings | {"rows": rows})
+    main(["bench", "kernels", "--merge", f"{tmp_path}/a,{tmp_path}/b/times.json,{tmp_path}/c", "-o", str(tmp_path / "out")])
+    joined = json.loads((tmp_path / "out/times.json").read_text())
+    found = {(row["T"], row["form"]): (row["ms"], row.get("over_kernel")) for row in joined["rows"]}
+    assert list(found.items()) == [
+        ((2048, "kernel"), (0.3, None)), ((2048, "peer"), (None, None)),
+        ((8192, "kernel"), (0.4, None)), ((8192, "chunked"), (4.0, 8.0)), ((8192, "peer"), (0.8, 2.0)),
+    ]  # fmt: skip
+    report.write_json(tmp_path / "d/times.json", settings | {"settings": {"H": 8}, "rows": []})
+    with pytest.raises(UserError, match="d/times.json is of .*'H': 8.* not of .*'H': 16"):
+        kernel_times.merge(tmp_path / "out", [tmp_path / "a", tmp_path / "d"])
+    with pytest.raises(UserError, match="--merge: there is no .*e/times.json"):
+        kernel_times.merge(tmp_path / "out", [tmp_path / "e"])
 
 
 def test_gpu_kernels_are_listed_one_by_one_under_their_roofline():
