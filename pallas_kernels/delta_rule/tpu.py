@@ -10,10 +10,10 @@ the products of decays up to a token, after it, over the chunk, and between toke
 
 Decays of channels: P and A come from the binary tree of `pallas_kernels.tpu_channels`, whose factors serve both.
 
-The inverse doubles its blocks: with X the inverse of the blocks of s tokens and A_s the part of A that joins two of them,
-X - X A_s X is that of the blocks of 2s. Two matrix products depend on one another at each of log2(C) - 1 levels, so several
-heads go through every stage side by side, which hides their latency. In bfloat16 the left factor of those products is a sum of
-two bfloat16 numbers.
+Blocks of 8 tokens on the diagonal of A, side by side in one register, are inverted row by row. From there the inverse doubles
+its blocks: with X the inverse of the blocks of s tokens and A_s the part of A that joins two of them, X - X A_s X is that of the
+blocks of 2s. Two matrix products depend on one another at each of log2(C / 8) levels, so several heads go through every stage
+side by side, which hides their latency. In bfloat16 the left factor of those products is a sum of two bfloat16 numbers.
 
 Backward: the same grid in reverse with the cotangents of the states in VMEM. A step makes A, T and `written` again from the
 entering state and then, from d_written = P^T do + (after * k) dh and d_u = T^T d_written,
@@ -59,6 +59,7 @@ from pallas_kernels.tpu_channels import Channels, sums_from
 __all__ = ["CHUNK", "SAVED_AXES", "backward", "declines", "forward"]
 
 CHUNK = 128  # suits the matrix units
+TILE = 8  # rows of a register
 
 # The logical axes of what `forward` saves.
 SAVED_AXES = ("batch", None, "heads", None, None)
@@ -184,6 +185,33 @@ class _Chunk:
         self.written_low = self.written.astype(self.T.dtype)
 
 
+class _Cotangents:
+    """What the backward makes of one head's tokens, in stages that all heads go through side by side."""
+
+    def __init__(self, scale, chunk: _Chunk, do, dh):
+        self.scale, self.chunk, self.o, self.h = scale, chunk, do, dh
+        decay, dtype = chunk.decay, chunk.q.dtype
+        self.h_low = dh.astype(dtype)
+        # What meets states, as products take it: dg is a difference of sums that cancel, so both have the same roundings.
+        self.q_reads = scaled(chunk.q, times(decay.before, jnp.float32(scale)))
+        self.k_reads, self.k_writes = scaled(chunk.k, decay.before), scaled(chunk.k, decay.after)
+        scores = (scale * decay.query_scores).astype(dtype)
+        self.written = dot(scores, do, TN) + dot(self.k_writes, self.h_low, NT)
+
+    def pull_through_inverse(self):
+        chunk = self.chunk
+        self.u = dot(chunk.T, self.written.astype(chunk.T.dtype), TN)
+        self.v = chunk.beta * self.u
+        self.u_low, self.v_low = (x.astype(chunk.T.dtype) for x in (self.u, self.v))
+
+    def pull_through_scores(self):
+        chunk = self.chunk
+        self.A = -dot(self.u_low, chunk.written_low, NT)
+        self.q_within, self.k_written, self.k_within = chunk.decay.pullback(self.scale, chunk, self.o, self.A, self.v_low)
+        self.from_state = dot(jnp.concatenate([self.o, self.v_low]), chunk.h, NN)
+        self.to_state = dot(chunk.written_low, self.h_low, NN)
+
+
 class _Shared(Shared):
     """One decay for all channels of K, or none: scores of queries and keys with keys, what both read from the entering state,
     and the gradients of the scores."""
@@ -238,18 +266,32 @@ def _product(x, y, dtype):
 
 def _inverses(lower: list, masks: Masks, dtype) -> list:
     """(I + A)^-1 of strictly lower triangular matrices, side by side."""
-    size = masks.size
-    identity = jnp.where(masks.apart == 0, jnp.float32(1), 0)
-    found = [identity - jnp.where(masks.at_level(1), A, 0) for A in lower]
-    s = 2
-    while s < size:
-        if s < 8:  # less than a tile of rows: all rows at once
-            level = masks.at_level(s)
-            halves = [_product(jnp.where(level, A, 0), X, dtype) for A, X in zip(lower, found, strict=True)]
-            found = [X - _product(X, Y, dtype) for X, Y in zip(found, halves, strict=True)]
-        else:
-            found = _doubled(lower, found, s, masks, dtype)
+    found, s = _inverses_of_tiles(lower, masks, dtype), TILE
+    while s < masks.size:
+        found = _doubled(lower, found, s, masks, dtype)
         s *= 2
+    return found
+
+
+def _inverses_of_tiles(lower: list, masks: Masks, dtype) -> list:
+    """Those of the blocks of a tile's rows on the diagonals.
+
+    All blocks of a matrix stand side by side in one tile [8, C], where row by row, from the first on, what the inverse has there
+    is taken from the rows below.
+    """
+    size, rows = masks.size, TILE - 1
+    on_diagonal = masks.apart < TILE
+    packed = [jnp.sum(jnp.where(on_diagonal, A, 0).reshape(-1, TILE, size), axis=0) for A in lower]
+    row, place = iota((TILE, size), 0), iota((TILE, size), 1) % TILE
+    # Each column of a block on all lanes of the block: products with ones, for every head and row at once.
+    columns = jnp.concatenate([jnp.where(place == r, tile, 0) for tile in packed for r in range(rows)])
+    columns = _product(columns, jnp.where(on_diagonal, jnp.float32(1), 0), dtype).reshape(-1, rows, TILE, size)
+    found = []
+    for head in range(len(lower)):
+        X = jnp.where(row == place, jnp.float32(1), 0)
+        for r in range(rows):
+            X = X - columns[head, r] * X[r : r + 1]
+        found.append(jnp.where(on_diagonal, jnp.concatenate([X] * (size // TILE)), 0))
     return found
 
 
@@ -288,11 +330,12 @@ def _forward_step(o, final, carry, state, *, scale, n, saved=None, **refs):
         for head, chunk in enumerate(chunks):
             saved[0, 0, head] = chunk.h.astype(saved.dtype)
     dtype = chunks[0].q.dtype
-    for head, (chunk, inverse) in enumerate(zip(chunks, _inverses([chunk.A for chunk in chunks], masks, dtype), strict=True)):
+    for chunk, inverse in zip(chunks, _inverses([chunk.A for chunk in chunks], masks, dtype), strict=True):
         chunk.write(inverse)
-        inner = dot(chunk.decay.query_scores.astype(dtype), chunk.written_low, NN)
+    inner = [dot(chunk.decay.query_scores.astype(dtype), chunk.written_low, NN) for chunk in chunks]
+    for head, chunk in enumerate(chunks):
         width = chunk.v.shape[-1]
-        o[0, :, pl.ds(head * width, width)] = (scale * (inner + chunk.decay.query_read)).astype(o.dtype)
+        o[0, :, pl.ds(head * width, width)] = (scale * (inner[head] + chunk.decay.query_read)).astype(o.dtype)
         carry[head] = times(chunk.decay.total, carry[head]) + dot(chunk.written_low, scaled(chunk.k, chunk.decay.after), TN)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -311,37 +354,31 @@ def _backward_step(do, entering, d_final, dq, dk, dv, dbeta, d_state, carry, *, 
     masks = Masks(refs["q"].shape[1], refs.get("start"))
     chunks = [_Chunk(refs, head, n, entering[0, 0, head], masks) for head in range(n)]
     dtype = chunks[0].q.dtype
-    for head, (c, inverse) in enumerate(zip(chunks, _inverses([c.A for c in chunks], masks, dtype), strict=True)):
+    for c, inverse in zip(chunks, _inverses([c.A for c in chunks], masks, dtype), strict=True):
         c.write(inverse)
+    cotangents = [_Cotangents(scale, c, head_of(do, head, n), carry[head]) for head, c in enumerate(chunks)]
+    for one in cotangents:
+        one.pull_through_inverse()
+    for one in cotangents:
+        one.pull_through_scores()
+    for head, (c, d) in enumerate(zip(chunks, cotangents, strict=True)):
         before, after, total = c.decay.before, c.decay.after, c.decay.total
         size, keys, values = *c.k.shape, c.v.shape[-1]
-        doh, dh = head_of(do, head, n), carry[head]
-        dh_low = dh.astype(dtype)
-        scores = (scale * c.decay.query_scores).astype(dtype)
-        # What meets states, as products take it: dg is a difference of sums that cancel, so both have the same roundings.
-        q_reads, k_reads, k_writes = scaled(c.q, times(before, jnp.float32(scale))), scaled(c.k, before), scaled(c.k, after)
-        d_written = dot(scores, doh, TN) + dot(k_writes, dh_low, NT)
-        d_u = dot(c.T, d_written.astype(dtype), TN)
-        d_A = -dot(d_u.astype(dtype), c.written_low, NT)
-        dvh = c.beta * d_u
-        dv_low = dvh.astype(dtype)
-        dq_within, dk_written, dk_within = c.decay.pullback(scale, c, doh, d_A, dv_low)
-        from_state, to_state = dot(jnp.concatenate([doh, dv_low]), c.h, NN), dot(c.written_low, dh_low, NN)
-        dqh = dq_within + scale * times(before, from_state[:size])
-        dkh = dk_within - times(before, from_state[size:]) + dk_written + times(after, to_state)
-        reads = jnp.concatenate([q_reads, k_reads])
-        carry[head] = times(total, dh) + dot(jnp.concatenate([doh, -dv_low]), reads, TN)
+        dqh = d.q_within + scale * times(before, d.from_state[:size])
+        dkh = d.k_within - times(before, d.from_state[size:]) + d.k_written + times(after, d.to_state)
+        reads = jnp.concatenate([d.q_reads, d.k_reads])
+        carry[head] = times(total, d.h) + dot(jnp.concatenate([d.o, -d.v_low]), reads, TN)
         dq[0, :, pl.ds(head * keys, keys)] = dqh.astype(dq.dtype)
         dk[0, :, pl.ds(head * keys, keys)] = dkh.astype(dk.dtype)
-        dv[0, :, pl.ds(head * values, values)] = dvh.astype(dv.dtype)
-        d_beta = jnp.sum(d_A * c.decay.key_scores, axis=1, keepdims=True) + jnp.sum(d_u * c.u, axis=1, keepdims=True)
+        dv[0, :, pl.ds(head * values, values)] = d.v.astype(dv.dtype)
+        d_beta = jnp.sum(d.A * c.decay.key_scores, axis=1, keepdims=True) + jnp.sum(d.u * c.u, axis=1, keepdims=True)
         dbeta[0, 0, 0, head : head + 1] = d_beta.T
         if flow is not None or dg is not None:
-            written = k_writes * to_state
-            flowed = c.q * dq_within + c.k * (dk_within - dk_written)
-            flowed += q_reads * from_state[:size] - k_reads * from_state[size:] - written
+            written = d.k_writes * d.to_state
+            flowed = c.q * d.q_within + c.k * (d.k_within - d.k_written)
+            flowed += d.q_reads * d.from_state[:size] - d.k_reads * d.from_state[size:] - written
             # All tokens' decays are in what remains of the entering state; a write misses those up to its own token.
-            leaving = times(total, c.h * dh)
+            leaving = times(total, c.h * d.h)
             if dg is not None:
                 leaving = jnp.sum(leaving, axis=0, keepdims=True) + jnp.sum(written, axis=0, keepdims=True)
                 dg[0, :, pl.ds(head * keys, keys)] = sums_from(flowed) + leaving
