@@ -200,7 +200,7 @@ def run(
     console, rate = Console(stderr=True), bandwidth()
     made = {"environment": environment() | {"device": chip}, "settings": {"H": H, "K": K, "V": V, "dtype": "bfloat16"}}
     before = read_json(output / "times.json") or {"rows": []}
-    if {key: before.get(key) for key in made} != made:
+    if _is_of(before) != _is_of(made):
         before = {"rows": []}  # what was measured elsewhere or of another size is not to be compared with
     result = made | {"copy_tb_s": rate, "rows": before["rows"]}
     for name in names:
@@ -240,8 +240,9 @@ def run(
 def merge(output: Path, folders: Sequence[Path]) -> dict:
     """Join the times.json of several runs, as of a machine lent for minutes at a time, into OUTPUT/times.json and its plot.
 
-    Of a kernel, direction, form and length that several runs have, the last one's row stays. Ratios to the kernel are those
-    of the process that measured both; the absolute times of different lines may be of different machines of one kind.
+    Of a kernel, direction, form and length that several runs have, the row of the last one that measured it stays. Ratios to
+    the kernel are those of the process that measured both; the absolute times of different lines may be of different machines
+    of one kind.
 
     Args:
       folders: that hold a times.json, or such files; what OUTPUT held before stays only if it is one of them.
@@ -255,16 +256,17 @@ def merge(output: Path, folders: Sequence[Path]) -> dict:
         result = read_json(path)
         if result is None:
             raise UserError(f"--merge: there is no {path}")
-        is_of = {name: result["environment"].get(name) for name in ("device", "jax")} | result["settings"]
-        merged = merged or result | {"is_of": is_of}
-        if is_of != merged["is_of"]:
-            raise UserError(f"--merge: {path} is of {is_of}, not of {merged['is_of']}")
+        merged = merged or result
+        if _is_of(result) != _is_of(merged):
+            raise UserError(f"--merge: {path} is of {_is_of(result)}, not of {_is_of(merged)}")
         kernels_ms = {_place(row): row["ms"] for row in result["rows"] if row["form"] == "kernel"}
         for row in result["rows"]:
             kernel = kernels_ms.get(_place(row))
             if row["form"] != "kernel" and row["ms"] and kernel:
                 row.setdefault("over_kernel", row["ms"] / kernel)
-            rows[*_place(row), row["form"]] = row
+            place = *_place(row), row["form"]
+            if row["ms"] or place not in rows:  # what failed once was measured before
+                rows[place] = row
     ranks = {name: i for i, name in enumerate((*OPS, *cases.DECAYS, *DIRECTIONS, "kernel", "chunked", "recurrent"))}
 
     def order(row):
@@ -272,10 +274,14 @@ def merge(output: Path, folders: Sequence[Path]) -> dict:
         return *named, row["T"], ranks[row["direction"]], ranks.get(row["form"], len(ranks)), row["form"]
 
     result = {**merged, "rows": sorted(rows.values(), key=order)}
-    del result["is_of"]
     write_json(output / "times.json", result)
     show(result, output)
     return result
+
+
+def _is_of(result: dict) -> dict:
+    """What has to agree for times to be compared."""
+    return {name: result.get("environment", {}).get(name) for name in ("device", "jax")} | result.get("settings", {})
 
 
 def _place(row: dict) -> tuple:

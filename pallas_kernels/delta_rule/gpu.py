@@ -728,7 +728,7 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
 
 def _segments(walks, V, chunks):
     """Segments of time, so many that walks with few heads fill the chip with a block of 64 value channels each. They double
-    the work, so that two would gain nothing."""
+    the work, so that two gain nothing in the forward and cost time in the backward."""
     most = max(1, min(gpu.SMS // (walks * (V // C)), chunks // FEWEST))
     segments = -(-chunks // -(-chunks // most))  # none is empty
     return segments if segments > 2 else 1
@@ -975,7 +975,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
       scale: multiplies q.
       q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded.
       beta: [B, T, H, 1], float32.
-      log_decay: None or [B, T, H, 1], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
+      log_decay: None, [B, T, H, 1] or [B, T, H, K], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.
       state: [B, H, K, V] float32, enters token 0.
       save: whether `backward` will be called.

@@ -673,7 +673,8 @@ def _entering(local, decays, state, *, reverse=False):
 def _segments(walks, V, pairs, *, cheaply):
     """Segments of time, so many that walks with few heads fill the chip. Two take twice half the time, so that they pay only if
     the first walk is cheap beside the second one."""
-    segments = max(1, min(gpu.SMS // (walks * (V // C)), pairs // FEWEST))
+    most = max(1, min(gpu.SMS // (walks * (V // C)), pairs // FEWEST))
+    segments = -(-pairs // -(-pairs // most))  # none is empty
     return 1 if segments == 2 and not cheaply else segments
 
 

@@ -19,7 +19,7 @@ left half and from the start of the right half to i, never differences: any deca
 belongs to a later token. Every level is one matrix product of all tokens, of which the pairs of that level are kept.
 
 Per token and head, K = V = 128, C = 128, bf16: forward 4 K V + 2 C (K + V) = 131k FLOPs on 1,028 bytes (vector: 1,536),
-backward 328k on 2,312 (3,584): at most 142 FLOPs a byte, below what any TPU needs to be busy (240 on v5e), so memory bounds
+backward 328k on 2,312 (3,328): at most 142 FLOPs a byte, below what any TPU needs to be busy (240 on v5e), so memory bounds
 a perfect kernel; what the compiler schedules is more than that: docs/kernels.md.
 """
 

@@ -31,6 +31,12 @@ def run(inputs, reset, state, do, d_final, interpret):
     return both(inputs, state, do, d_final)
 
 
+def mild(inputs):
+    """With decays and betas that leave something of a state after hundreds of tokens."""
+    q, k, v, beta, g = inputs
+    return q, k, v, beta / 8, None if g is None else jnp.maximum(g, -80) / 1000
+
+
 CASES = [
     # kind, T, H, K, V, resets, largest beta, value channels in blocks of their own
     ("scalar", 300, 1, 64, 128, True, 1.0, False),
@@ -80,8 +86,8 @@ def test_values_gradients_and_no_races(case, monkeypatch):
 def test_segments_of_time(case, monkeypatch):
     """Three of two, two and one chunks; decays and betas that leave something of a state, documents that end in them."""
     kind, K, V, resets = case
-    (q, k, v, beta, g), reset, *rest = arrays(kind, 300, 1, K, V, B=1, dtype="bfloat16")
-    inputs = q, k, v, beta / 8, None if g is None else g / 1000
+    inputs, reset, *rest = arrays(kind, 300, 1, K, V, B=1, dtype="bfloat16")
+    inputs = mild(inputs)
     monkeypatch.setattr(hopper, "SMS", 4 * V // 64)
     monkeypatch.setattr(gpu, "FEWEST", 1)
     assert gpu._segments(1, V, 5) == 3
@@ -213,6 +219,9 @@ def test_the_forward_of_inference_compiles_for_hopper():
 def test_on_the_device(case):
     *sizes, resets, most, _ = case
     inputs, reset, *rest = arrays(*sizes, dtype="bfloat16", most=most)
+    if sizes[1] > 1000:
+        inputs = mild(inputs)
+        reset = reset & (jnp.arange(reset.shape[1]) % 64 == 5)  # documents of a thousand tokens
     reset = reset if resets else None
     got = run(inputs, reset, *rest, interpret=False)
     assert_close(got, reference(inputs, reset, *rest), "bfloat16", most, **WHOLE)

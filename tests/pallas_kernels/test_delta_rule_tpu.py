@@ -16,6 +16,7 @@ from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.delta_rule import tpu
+from pallas_kernels.tpu import Masks
 from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.delta_rule import KINDS, TOLERANCES, WHOLE, arrays, assert_close, reference
 
@@ -154,6 +155,17 @@ def test_where_the_kernel_joins(change, reason):
 
 
 CASE = "pallas_kernels.cases:abstract"
+
+@pytest.mark.parametrize(("size", "dtype", "error"), [(128, "float32", 1e-6), (64, "float32", 1e-6), (128, "bfloat16", 4e-3)])
+def test_inverses_of_whole_chunks(size, dtype, error):
+    rng = np.random.default_rng(0)
+    lower = [np.tril(rng.normal(size=(size, size)), -1) / np.sqrt(size) for _ in range(3)]
+    found = tpu._inverses([jnp.asarray(A, jnp.float32) for A in lower], Masks(size), jnp.dtype(dtype))
+    for X, A in zip(found, lower, strict=True):
+        expected = np.linalg.inv(np.eye(size) + A)
+        assert np.sqrt(np.mean((X - expected) ** 2) / np.mean(expected**2)) < error
+        np.testing.assert_array_equal(np.triu(X), np.eye(size))
+
 
 # Static cycles a token and head on v5e, forward and backward, that a change must not exceed; measured a tenth below.
 CYCLES = {"none": (6.2, 10.4), "scalar": (7.2, 12.1), "vector": (10.8, 22.8)}

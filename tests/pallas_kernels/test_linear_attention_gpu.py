@@ -34,13 +34,21 @@ def run(inputs, reset, state, do, d_final, interpret):
     return both(inputs, state, do, d_final)
 
 
+def mild(inputs):
+    """With decays that leave something of a state after hundreds of tokens."""
+    *rest, g = inputs
+    return *rest, None if g is None else jnp.maximum(g, -80) / 1000
+
+
 CASES = [
-    # kind, T, H, K, V, resets, segments of time
+    # kind, T, H, K, V, resets, segments of time (0: blocks so many that each has two warpgroups)
     ("scalar", 300, 1, 64, 128, True, 1),
     ("scalar", 300, 1, 128, 64, False, 3),
     ("none", 130, 2, 64, 64, True, 1),
     ("vector", 130, 1, 64, 128, True, 1),
     ("vector", 400, 1, 64, 64, False, 4),
+    ("scalar", 200, 1, 64, 128, True, 0),
+    ("vector", 200, 1, 64, 128, True, 0),
 ]
 MORE = [
     ("scalar", 130, 1, 256, 256, True, 1),
@@ -52,6 +60,7 @@ MORE = [
     ("scalar", 64, 3, 128, 128, True, 1),
     ("none", 1, 2, 128, 128, False, 1),
     ("none", 260, 2, 128, 128, False, 1),
+    ("none", 500, 1, 64, 64, False, 4),
 ]
 
 
@@ -60,9 +69,12 @@ def test_values_gradients_and_no_races(case, monkeypatch):
     *sizes, resets, segments = case
     inputs, reset, *rest = arrays(*sizes, B=1, dtype="bfloat16")
     if segments > 1:  # decays that leave something of a state after a segment
-        inputs = *inputs[:3], jnp.maximum(inputs[3], -80) / 1000
+        inputs = mild(inputs)
+    # Documents start at the first token, or later ones only and the initial state enters the first.
+    reset = reset.at[0, 0].set(sizes[1] == 130)
     # A chip of as many multiprocessors as make that many segments.
-    monkeypatch.setattr(hopper, "SMS", segments * sizes[2] * (sizes[4] // hopper.C))
+    monkeypatch.setattr(hopper, "SMS", max(1, segments * sizes[2] * (sizes[4] // hopper.C)))
+    segments = max(1, segments)
     monkeypatch.setattr(gpu, "FEWEST", 1)
     found, count = [], gpu._segments
     monkeypatch.setattr(gpu, "_segments", lambda *args, **rest: found.append(count(*args, **rest)) or found[-1])
@@ -198,6 +210,7 @@ def test_compiles_for_hopper(kind, direction):
     names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}[direction]
     # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
     spills = {"linear_attention_backward": 44, "linear_attention_channels_backward": 200}
+    spills_of_all_seen = {"linear_attention_channels_backward": 66}
     spills_of_256 = {
         "linear_attention_forward": 250, "linear_attention_backward": 44, "linear_attention_channels_backward": 250,
         "linear_attention_channels_scores": 9,
@@ -209,8 +222,8 @@ def test_compiles_for_hopper(kind, direction):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
         assert sorted(kernel["name"] for kernel in found) == sorted(f"linear_attention_{name}" for name in names)
         for kernel in found:
-            allowed = (spills_of_256 if change in large else spills).get(kernel["name"], 0) if kind == "vector" or change else 0
-            assert kernel["spill_bytes"] <= allowed, (change, kernel)
+            limits = spills_of_256 if change in large else spills if change else spills_of_all_seen
+            assert kernel["spill_bytes"] <= limits.get(kernel["name"], 0), (change, kernel)
 
 
 @pytest.mark.aot
@@ -222,11 +235,25 @@ def test_the_forward_of_inference_compiles_for_hopper():
     assert not any(kernel["spill_bytes"] for kernel in found)
 
 
+LARGE = [  # many heads, and mild decays over segments of time: of two in the forward alone, and of more
+    ("scalar", 300, 70, 128, 128, True, None),
+    ("vector", 300, 70, 128, 128, True, None),
+    ("scalar", 1100, 1, 128, 128, True, "mild"),
+    ("scalar", 2300, 2, 128, 128, True, "mild"),
+    ("none", 2500, 2, 128, 64, False, "mild"),
+    ("vector", 1700, 1, 128, 128, True, "mild"),
+    ("vector", 2100, 2, 256, 64, False, "mild"),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES, *MORE, ("scalar", 300, 70, 128, 128, True, None)], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MORE, *LARGE], ids=str)
 def test_on_the_device(case):
-    *sizes, resets, _ = case
+    *sizes, resets, decays = case
     inputs, reset, *rest = arrays(*sizes, dtype="bfloat16")
+    if decays == "mild":
+        inputs = mild(inputs)
+        reset = reset & (jnp.arange(reset.shape[1]) % 64 == 5)  # documents of a thousand tokens
     reset = reset if resets else None
     got = run(inputs, reset, *rest, interpret=False)
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
