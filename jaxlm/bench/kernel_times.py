@@ -242,7 +242,7 @@ def merge(output: Path, folders: Sequence[Path]) -> dict:
 
     Of a kernel, direction, form and length that several runs have, the row of the last one that measured it stays. Ratios to
     the kernel are those of the process that measured both; the absolute times of different lines may be of different machines
-    of one kind.
+    of one kind. Environment and copy rate are those of the first run.
 
     Args:
       folders: that hold a times.json, or such files; what OUTPUT held before stays only if it is one of them.

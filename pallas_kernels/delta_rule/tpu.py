@@ -186,7 +186,8 @@ class _Chunk:
 
 
 class _Cotangents:
-    """What the backward makes of one head's tokens, in stages that all heads go through side by side."""
+    """What the backward makes of one head's tokens, in stages that all heads go through side by side. The cotangent of x is
+    called x here: o, h, written, u, v, A, and what of those of queries and keys comes from within the chunk."""
 
     def __init__(self, scale, chunk: _Chunk, do, dh):
         self.scale, self.chunk, self.o, self.h = scale, chunk, do, dh

@@ -260,7 +260,11 @@ def test_times_of_several_runs_are_joined_with_the_ratios_of_each(tmp_path):
     runs = {
         "a": [row | {"form": "kernel", "ms": 0.5}, row | {"form": "chunked", "ms": 4.0}],
         "b": [row | {"form": "kernel", "ms": 0.4}, row | {"form": "peer", "ms": 0.8, "over_kernel": 2.0}],
-        "c": [row | {"form": "kernel", "ms": 0.3, "T": 2048}, row | {"form": "peer", "ms": None, "error": "fails", "T": 2048}],
+        "c": [
+            row | {"form": "chunked", "ms": None, "error": "fails"},
+            row | {"form": "kernel", "ms": 0.3, "T": 2048},
+            row | {"form": "peer", "ms": None, "error": "fails", "T": 2048},
+        ],
     }
     for name, rows in runs.items():
         report.write_json(tmp_path / name / "times.json", settings | {"rows": rows})

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.ops import kernels
 from jaxlm.ops.linear_attention import _run
 
 DECAYS = np.array([0.0, -1e-7, -0.01, -0.3, -2.0, -20.0, -80.0, -np.inf])
@@ -31,6 +32,12 @@ def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0):
     reset = jnp.asarray(rng.random((B, T)) < 0.06).at[0, 0].set(True)
     state, d_final = (jnp.asarray(rng.normal(size=(B, H, K, V)), jnp.float32) for _ in range(2))
     return (*low, g), reset, state, jnp.asarray(rng.normal(size=(B, T, H, V)), dtype), d_final
+
+
+def mild(inputs):
+    """With decays that leave something of a state after hundreds of tokens."""
+    *rest, g = inputs
+    return *rest, None if g is None else jnp.maximum(g, -80) / 1000
 
 
 @jax.jit
@@ -72,3 +79,40 @@ def assert_rounded(run, inputs, reset, state, do, d_final):
     assert [x.dtype for x in got[:5]] == [x.dtype for x in (inputs[2], state, *inputs[:3])]
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x, y.astype(x.dtype))
+
+
+def assert_joins_in_float32(op, module, inputs, tolerance, monkeypatch):
+    """The GPU kernel of an op joins where the setting of jax allows bfloat16 products, in what is traced already too, and is
+    within the tolerance of the recurrent form of rounded q, k and v, gradients too.
+
+    Args:
+      op: of q, k, v, gates [B, T, H], segment_ids and form.
+      module: that of the kernel.
+      inputs: q, k, v, gates [B, T, H, 1].
+    """
+    B, T = inputs[0].shape[:2]
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(B, T)), axis=1))
+    calls = []
+    forward = module.forward
+    monkeypatch.setattr(module, "forward", lambda *args, **rest: calls.append(args[1].dtype) or forward(*args, **rest))
+
+    def of(inputs, form):
+        q, k, v, *gates = inputs
+        o, state = op(q, k, v, *(x[..., 0] for x in gates), segment_ids=ids, form=form)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state)), (o, state)
+
+    both = jax.jit(jax.value_and_grad(of, has_aux=True), static_argnums=1)
+    low = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in inputs[:3]]
+    expected = both((*low, *inputs[3:]), "recurrent")
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+        both(inputs, "auto")
+        assert not calls
+        with jax.default_matmul_precision("bfloat16"):
+            got = both(inputs, "auto")
+        assert calls == [jnp.float32]
+        both(inputs, "auto")
+        assert len(calls) == 1
+    for x, y in zip(*(jax.tree.leaves((out, gradients)) for (_, out), gradients in (got, expected)), strict=True):
+        assert x.dtype == jnp.float32
+        x, y = (np.asarray(x, np.float64) for x in (x, y))
+        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < tolerance

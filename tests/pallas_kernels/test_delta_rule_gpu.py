@@ -14,9 +14,9 @@ from jaxlm.ops.forms import choose
 from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.delta_rule import gpu
-from tests.pallas_kernels import interpreters
+from tests.pallas_kernels import interpreters, linear_attention
 from tests.pallas_kernels.delta_rule import KINDS, WHOLE, arrays, assert_close, reference
-from tests.pallas_kernels.linear_attention import assert_rounded
+from tests.pallas_kernels.linear_attention import assert_joins_in_float32, assert_rounded
 
 
 def run(inputs, reset, state, do, d_final, interpret):
@@ -33,8 +33,8 @@ def run(inputs, reset, state, do, d_final, interpret):
 
 def mild(inputs):
     """With decays and betas that leave something of a state after hundreds of tokens."""
-    q, k, v, beta, g = inputs
-    return q, k, v, beta / 8, None if g is None else jnp.maximum(g, -80) / 1000
+    q, k, v, beta, g = linear_attention.mild(inputs)
+    return q, k, v, beta / 8, g
 
 
 CASES = [
@@ -143,32 +143,8 @@ def test_others_are_rounded_to_bfloat16(kind):
 
 
 def test_float32_through_the_op(monkeypatch):
-    """The kernel joins where the setting of jax allows bfloat16 products, in what is traced already too."""
-    (q, k, v, beta, g), *_ = arrays("scalar", 130, 1, 64, 64, B=1)
-    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(1, 130)), axis=1))
-    calls = []
-    forward = gpu.forward
-    monkeypatch.setattr(gpu, "forward", lambda *args, **rest: calls.append(args[1].dtype) or forward(*args, **rest))
-
-    def of(q, k, v, beta, g, form):
-        o, state = delta_rule(q, k, v, beta[..., 0], g[..., 0], segment_ids=ids, form=form)
-        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(state)), (o, state)
-
-    both = jax.jit(jax.value_and_grad(of, range(5), has_aux=True), static_argnums=5)
-    low = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in (q, k, v)]
-    expected = both(*low, beta, g, "recurrent")
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
-        both(q, k, v, beta, g, "auto")
-        assert not calls
-        with jax.default_matmul_precision("bfloat16"):
-            got = both(q, k, v, beta, g, "auto")
-        assert calls == [jnp.float32]
-        both(q, k, v, beta, g, "auto")
-        assert len(calls) == 1
-    for x, y in zip(*(jax.tree.leaves((out, gradients)) for (_, out), gradients in (got, expected)), strict=True):
-        assert x.dtype == jnp.float32
-        x, y = (np.asarray(x, np.float64) for x in (x, y))
-        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.015
+    inputs, *_ = arrays("scalar", 130, 1, 64, 64, B=1)
+    assert_joins_in_float32(delta_rule, gpu, inputs, 0.015, monkeypatch)
 
 
 needs_compiler = pytest.mark.skipif(

@@ -154,8 +154,6 @@ def test_where_the_kernel_joins(change, reason):
             choose("delta_rule", "kernel", T=512, dtype=jnp.bfloat16, **known | change)
 
 
-CASE = "pallas_kernels.cases:abstract"
-
 @pytest.mark.parametrize(("size", "dtype", "error"), [(128, "float32", 1e-6), (64, "float32", 1e-6), (128, "bfloat16", 4e-3)])
 def test_inverses_of_whole_chunks(size, dtype, error):
     rng = np.random.default_rng(0)
@@ -166,6 +164,8 @@ def test_inverses_of_whole_chunks(size, dtype, error):
         assert np.sqrt(np.mean((X - expected) ** 2) / np.mean(expected**2)) < error
         np.testing.assert_array_equal(np.triu(X), np.eye(size))
 
+
+CASE = "pallas_kernels.cases:abstract"
 
 # Static cycles a token and head on v5e, forward and backward, that a change must not exceed; measured a tenth below.
 CYCLES = {"none": (6.2, 10.4), "scalar": (7.2, 12.1), "vector": (10.8, 22.8)}
