@@ -43,7 +43,7 @@ def batch(setup: Setup) -> dict[str, np.ndarray]:
 
 
 def measure(config: RunConfig, *, steps: int, groups: int = 5) -> dict[str, Any]:
-    """Seconds a step, peak memory, the places of the program that call a kernel, and the last loss of a config.
+    """Seconds a step, peak memory, the places of the program that call a kernel, and the loss of every step of a config.
 
     Raises:
       jax.errors.JaxRuntimeError: where the memory is too small.
@@ -56,17 +56,16 @@ def measure(config: RunConfig, *, steps: int, groups: int = 5) -> dict[str, Any]
         inputs = setup.to_device(batch(setup))
         step = jit_train_step(setup).lower(state, inputs).compile()
         memory, text = step.memory_analysis(), step.as_text()
-        for _ in range(2):
-            state, values = step(state, inputs)
-        jax.block_until_ready(state)
-        seconds = []
-        for _ in range(groups):
+        losses, seconds = [], []
+        for group in range(1 + groups):  # the first, which is not timed, warms up
             start = time.perf_counter()
-            for _ in range(steps):
+            count = steps if group else 2
+            for _ in range(count):
                 state, values = step(state, inputs)
+                losses.append(values["loss"])
             jax.block_until_ready(state)
-            seconds.append((time.perf_counter() - start) / steps)
-        loss = float(values["loss"])
+            if group:
+                seconds.append((time.perf_counter() - start) / count)
     peak = peak_flops(setup.mesh.devices.flat[0])
     rate = config.tokens_per_step / median(seconds)
     return {
@@ -76,7 +75,7 @@ def measure(config: RunConfig, *, steps: int, groups: int = 5) -> dict[str, Any]
         "flops_per_token": setup.flops_per_token,
         "peak_bytes": memory and memory.peak_memory_in_bytes,
         "kernel_calls": sum(text.count(f'custom_call_target="{name}') for name in KERNEL_CALLS),
-        "loss": loss,
+        "losses": [float(loss) for loss in losses],
     }
 
 
@@ -84,7 +83,7 @@ def run(
     output: Path, config: RunConfig, *, rows: Sequence[int] | None = None, steps: int = 5, quick: bool = False
 ) -> dict[str, Any]:
     """Measure with kernels and without, at the largest batch of each that fits and at the smaller of the two; print the table
-    and write OUTPUT/training.json, which keeps what other configs left there.
+    and write OUTPUT/training.json, which keeps what other configs and batches left there.
 
     Args:
       rows: batch sizes to try, from the largest on; None for powers of two from 64 down.
@@ -99,7 +98,6 @@ def run(
     result = read_json(path) or {"runs": []}
     length = config.data.sequence_length
     key = {"config": config.name, "tokens_a_row": length, "environment": environment()}
-    result["runs"] = [one for one in result["runs"] if {name: one[name] for name in key} != key]
     found: dict[tuple[bool, int], dict] = {}
 
     def attempt(with_kernels: bool, n: int) -> bool:
@@ -113,8 +111,9 @@ def run(
                 raise
             console.print(f"{config.name}, {name}: {n} rows do not fit the memory", markup=False, highlight=False)
             return False
-        row = key | {"kernels": with_kernels, "rows": n} | found[with_kernels, n]
-        result["runs"].append(row)
+        known = key | {"kernels": with_kernels, "rows": n}
+        row = known | found[with_kernels, n]
+        result["runs"] = [one for one in result["runs"] if {name: one[name] for name in known} != known] + [row]
         write_json(path, result)
         rate = f"{row['tokens_per_second']:,.0f} tokens/s"
         console.print(f"{config.name}, {name}, {n} rows: {rate}", markup=False, highlight=False)

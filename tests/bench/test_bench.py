@@ -316,8 +316,10 @@ def test_times_need_a_chip_with_kernels(tmp_path):
 def test_training_takes_the_largest_batch_that_fits_and_keeps_other_configs(tmp_path, monkeypatch):
     words = ["model.width=32", "model.depth=1", "model.pattern=[gla]", "model.mixers={gla: {kind: gla, heads: 1}}"]
     config = load_config(None, [*words, "data.sequence_length=32", "name=small"]).config
-    measured = training.measure(config, steps=1, groups=1)
+    measured = training.measure(config, steps=2, groups=2)
     assert measured["kernel_calls"] == 0  # of a CPU
+    assert len(measured["losses"]) == 2 + 2 * 2
+    assert measured["losses"] == sorted(measured["losses"], reverse=True)  # one batch, learnt by heart
     assert measured["tokens_per_second"] == pytest.approx(config.tokens_per_step / measured["seconds"])
     tried = []
 
@@ -340,7 +342,9 @@ def test_training_takes_the_largest_batch_that_fits_and_keeps_other_configs(tmp_
     found = [(one["config"], one["kernels"], one["rows"]) for one in result["runs"]]
     assert found == [("other", True, 1), ("small", True, 32), ("small", False, 16), ("small", True, 16)]
     assert json.loads((tmp_path / "training.json").read_text()) == result
-    # Once more: what is there of the same config and device is replaced.
-    assert len(training.run(tmp_path, config, rows=[16], steps=1)["runs"]) == 3
+    # Once more: what is there of the same config, device and batch is replaced.
+    measured["seconds"] /= 2
+    seconds = [one["seconds"] for one in training.run(tmp_path, config, rows=[16], steps=1)["runs"]]
+    assert seconds == [1.0, 2 * measured["seconds"], measured["seconds"], measured["seconds"]]
     with pytest.raises(UserError, match="small does not fit this device's memory with 64 rows of 32 tokens"):
         training.run(tmp_path, config, rows=[64])
