@@ -120,8 +120,10 @@ def delta_rule(
 
     inputs = (q, k, v, beta, write, log_decay)
     decay = "none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "vector"
+    # Kernels have gates and states in float32: float64 of them counts as float64 of all.
+    operand = jnp.result_type(q, k, v) if precise == jnp.float32 else precise
     form = choose(
-        "delta_rule", form, T=q.shape[1], dtype=jnp.result_type(q, k, v), heads=q.shape[2], head_dim=q.shape[3],
+        "delta_rule", form, T=q.shape[1], dtype=operand, heads=q.shape[2], head_dim=q.shape[3],
         value_dim=v.shape[3], decay=decay, decoupled=write is not None,
     ).form  # fmt: skip
     if form in ("chunked", "kernel") and sequence.split(q.shape[1]):

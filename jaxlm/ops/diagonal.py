@@ -91,7 +91,10 @@ def diagonal_recurrence(
             f"device of {', '.join(COMPLEX_PLATFORMS)}"
         )
     reset = _resets(segment_ids, b.shape[:2], chunk_size)
-    form = choose("diagonal_recurrence", form, T=b.shape[1], dtype=jnp.result_type(log_a, b)).form
+    # The kernel has the state in float32: float64 of it counts as float64 of all.
+    precise = _precise(log_a, b, initial_state)
+    operand = jnp.result_type(log_a, b) if precise == jnp.float32 else precise
+    form = choose("diagonal_recurrence", form, T=b.shape[1], dtype=operand).form
     if form in ("chunked", "kernel") and sequence.split(b.shape[1]):
         channels = ("heads", *(None,) * (b.ndim - 3)) if b.ndim > 2 else ()
         h, final_state = _over_shards(

@@ -107,9 +107,10 @@ def linear_attention(
 
     inputs = (q, k, v, log_decay)
     decay = "none" if log_decay is None else "scalar" if log_decay.shape[-1] == 1 else "vector"
+    # Kernels have gates and states in float32: float64 of them counts as float64 of all.
+    operand = jnp.result_type(q, k, v) if precise == jnp.float32 else precise
     form = choose(
-        "linear_attention", form, T=length, dtype=jnp.result_type(q, k, v), heads=heads, head_dim=keys, value_dim=v.shape[-1],
-        decay=decay,
+        "linear_attention", form, T=length, dtype=operand, heads=heads, head_dim=keys, value_dim=v.shape[-1], decay=decay,
     ).form  # fmt: skip
     if form in ("chunked", "kernel") and sequence.split(length):
         o, final_state = over_shards(partial(_run, scale, form, chunk_size), _transition, inputs, reset, initial_state)

@@ -8,6 +8,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlm.ops import forms, kernels
+from jaxlm.ops.delta_rule import delta_rule
+from jaxlm.ops.diagonal import diagonal_recurrence
+from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import gpu as hopper
@@ -163,3 +166,26 @@ def test_kernels_can_be_switched_off():
         assert forms.choose("linear_attention", "auto", **known | {"T": 1}).form == "recurrent"
         assert forms.choose("linear_attention", "kernel", **known).form == "kernel"  # asked for
     assert forms.choose("linear_attention", "auto", **known).form == "kernel"
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("wide", ["gates", "state"])
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "diagonal_recurrence"])
+def test_kernels_decline_float64_of_gates_and_states(op, wide, platform):
+    q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    gate = -jnp.ones((1, 64, 2), jnp.float64 if wide == "gates" else jnp.float32)
+    state = jnp.zeros((1, 2, 64, 64), jnp.float64 if wide == "state" else jnp.float32)
+    chip = {"gpu": H100, "tpu": V5E}[platform]["chip"]
+
+    def run(form):
+        if op == "linear_attention":
+            return linear_attention(q, q, q, gate, initial_state=state, form=form)
+        if op == "delta_rule":
+            return delta_rule(q, q, q, -gate, gate, initial_state=state, form=form)
+        return diagonal_recurrence(gate, q[..., 0], initial_state=state[:, :, 0, 0], form=form)
+
+    with kernels.interpreted(platform, chip):
+        assert run("auto")[1].dtype == jnp.float64
+        with pytest.raises(ValueError, match=r'form="kernel" of .* takes bfloat16 and float32, not float64'):
+            run("kernel")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu
@@ -10,10 +11,18 @@ from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxlm.ops import kernels
+from jaxlm.parallel.context import use_mesh
+from jaxlm.parallel.mesh import make_mesh
+
 # With race detection, on memory filled with NaN. The steps of a grid have no races on one core of a TPU: two share its
 # parallel axes, in random order.
 TPU = pltpu.InterpretParams(random_seed=1, detect_races=True, num_cores_or_threads=2)
 GPU = plgpu.InterpretGPUParams(detect_races=True)
+
+# Tests of GPU kernels that run by the interpreter, and in the lane `gpu` on the GPU that is there.
+ON_GPU = pytest.param(False, marks=pytest.mark.gpu, id="device")
+INTERPRETER_AND_GPU = pytest.mark.parametrize("interpret", [pytest.param(True, id="interpreter"), ON_GPU])
 
 # Where an interpreter makes what it knows of races, anew for every kernel.
 _STATES = ((tpu, "RaceDetectionState"), (gpu, "GPURaceDetectionState"))
@@ -44,6 +53,21 @@ def no_races(kernels: int) -> Iterator[None]:
             gpu.reset_gpu_interpret_mode_state()
     assert len(states) >= kernels
     assert not any(state.races_found for state in states)
+
+
+@contextlib.contextmanager
+def hopper(interpret: bool, mesh: dict[str, int] | None = None) -> Iterator[None]:
+    """Ops within this context take the kernels of Hopper GPUs: by the interpreter, split over a mesh if there is one, or on the
+    GPUs of this machine, split over all of them."""
+    with contextlib.ExitStack() as stack:
+        if interpret:
+            stack.enter_context(kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"))
+        else:
+            data = 2 if jax.device_count() > 2 else 1
+            mesh = {"data": data, "tensor": jax.device_count() // data}
+        if mesh:
+            stack.enter_context(use_mesh(make_mesh(mesh)))
+        yield
 
 
 def let_gpus_differ(patch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.ops import kernels
 from jaxlm.ops.linear_attention import _run
+from tests.pallas_kernels import interpreters
 
 DECAYS = np.array([0.0, -1e-7, -0.01, -0.3, -2.0, -20.0, -80.0, -np.inf])
 NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "d state")
@@ -81,7 +81,7 @@ def assert_rounded(run, inputs, reset, state, do, d_final):
         np.testing.assert_array_equal(x, y.astype(x.dtype))
 
 
-def assert_joins_in_float32(op, module, inputs, tolerance, monkeypatch):
+def assert_joins_in_float32(op, module, inputs, tolerance, monkeypatch, *, interpret):
     """The GPU kernel of an op joins where the setting of jax allows bfloat16 products, in what is traced already too, and is
     within the tolerance of the recurrent form of rounded q, k and v, gradients too.
 
@@ -104,7 +104,7 @@ def assert_joins_in_float32(op, module, inputs, tolerance, monkeypatch):
     both = jax.jit(jax.value_and_grad(of, has_aux=True), static_argnums=1)
     low = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in inputs[:3]]
     expected = both((*low, *inputs[3:]), "recurrent")
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+    with interpreters.hopper(interpret):
         both(inputs, "auto")
         assert not calls
         with jax.default_matmul_precision("bfloat16"):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import kernels
 from jaxlm.ops.delta_rule import delta_rule
 from jaxlm.ops.forms import choose
 from pallas_kernels import aot
@@ -98,19 +97,24 @@ def test_segments_of_time(case, monkeypatch):
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
 
 
+@interpreters.INTERPRETER_AND_GPU
 @pytest.mark.parametrize("kind", ["scalar", "vector", pytest.param("none", marks=pytest.mark.slow)])
-def test_later_tokens_change_no_earlier_bit(kind):
+def test_later_tokens_change_no_earlier_bit(kind, interpret):
     inputs, reset, state, *_ = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16")
     other = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
-    forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=True))
+    forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=interpret))
     o = forward(*inputs, reset, state)[0]
     for t in (3, 64, 100):
         changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), inputs, other)
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
 
-def test_the_op_calls_the_kernel(monkeypatch):
-    (q, k, v, beta, g), *_ = arrays("scalar", 150, 2, 64, 64, B=2, dtype="bfloat16")
+# Split over a mesh by the interpreter it would wait for ever (`interpreters.let_gpus_differ`): where there are several GPUs,
+# they split it.
+@interpreters.INTERPRETER_AND_GPU
+def test_the_op_calls_the_kernel(interpret, monkeypatch):
+    H = 2 if interpret else 4
+    (q, k, v, beta, g), *_ = arrays("scalar", 150, H, 64, 64, B=2, dtype="bfloat16")
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, 150)), axis=1))
     calls = []
     forward = gpu.forward
@@ -125,10 +129,13 @@ def test_the_op_calls_the_kernel(monkeypatch):
         return *out, *gradients
 
     expected = loss("recurrent")
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+    with interpreters.hopper(interpret):
         assert choose("delta_rule", "auto", T=150, dtype=jnp.bfloat16).form == "kernel"
         got = loss("auto")
-    assert calls == [(2, 150, 2, 64)]
+    devices = 1 if interpret else jax.device_count()
+    assert len(calls) == 1
+    assert calls[0][1::2] == (150, 64)
+    assert calls[0][0] * calls[0][2] * devices == 2 * H
     for x, y in zip(got, expected, strict=True):
         x, y = (np.asarray(x, np.float64) for x in (x, y))
         assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.015
@@ -142,9 +149,10 @@ def test_others_are_rounded_to_bfloat16(kind):
     assert_rounded(partial(run, interpret=True), (q, k, v, *gates), reset, state, do, d_final)
 
 
-def test_float32_through_the_op(monkeypatch):
+@interpreters.INTERPRETER_AND_GPU
+def test_float32_through_the_op(interpret, monkeypatch):
     inputs, *_ = arrays("scalar", 130, 1, 64, 64, B=1)
-    assert_joins_in_float32(delta_rule, gpu, inputs, 0.015, monkeypatch)
+    assert_joins_in_float32(delta_rule, gpu, inputs, 0.015, monkeypatch, interpret=interpret)
 
 
 needs_compiler = pytest.mark.skipif(

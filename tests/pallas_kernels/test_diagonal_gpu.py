@@ -1,6 +1,5 @@
 """GPU kernels of the diagonal recurrence: by the interpreter with its race detection, by the compiler for Hopper, on a GPU."""
 
-import contextlib
 import importlib.util
 from functools import partial
 
@@ -9,11 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import kernels
 from jaxlm.ops.diagonal import diagonal_recurrence
 from jaxlm.ops.forms import choose
-from jaxlm.parallel.context import use_mesh
-from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.diagonal import gpu
@@ -50,10 +46,11 @@ def test_segments_of_different_lengths(monkeypatch):
     assert_close(jax.jit(partial(run, interpret=True))(*given), reference(*given))
 
 
-def test_later_tokens_change_no_earlier_bit():
+@interpreters.INTERPRETER_AND_GPU
+def test_later_tokens_change_no_earlier_bit(interpret):
     a, b, _, state, _ = arrays(1, 80, 128)
     other = arrays(1, 80, 128, seed=1)
-    forward = jax.jit(partial(gpu.forward, interpret=True))
+    forward = jax.jit(partial(gpu.forward, interpret=interpret))
     h = forward(a, b, state)
     for t in (3, 32, 50):
         changed = [jnp.concatenate([x[:, :t], y[:, t:]], axis=1) for x, y in zip((a, b), other[:2], strict=True)]
@@ -61,21 +58,27 @@ def test_later_tokens_change_no_earlier_bit():
 
 
 @pytest.mark.parametrize(
-    ("shared", "mesh"),
-    [(False, None), (True, None), pytest.param(False, {"data": 2, "tensor": 4}, marks=pytest.mark.slow)],
-    ids=["decays of tokens", "one decay for all", "split rows and channels"],
+    ("shared", "mesh", "interpret"),
+    [
+        (False, None, True),
+        (True, None, True),
+        pytest.param(False, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
+        pytest.param(False, None, False, marks=pytest.mark.gpu),
+    ],
+    ids=["decays of tokens", "one decay for all", "split rows and channels", "device"],
 )
-def test_the_op_calls_the_kernel(shared, mesh, monkeypatch):
+def test_the_op_calls_the_kernel(shared, mesh, interpret, monkeypatch):
     if mesh:
         interpreters.let_gpus_differ(monkeypatch)
     calls = []
     forward = gpu.forward
     monkeypatch.setattr(gpu, "forward", lambda a, b, *rest, **named: calls.append(b.shape) or forward(a, b, *rest, **named))
     expected = op("recurrent", shared=shared)
-    on = use_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext()
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"), on:
+    with interpreters.hopper(interpret, mesh):
         got = op("kernel", shared=shared)
-    assert set(calls) == {(1, 48, 8) if mesh else (2, 48, 32)}
+    devices = 8 if mesh else 1 if interpret else jax.device_count()
+    ((rows, tokens, channels),) = set(calls)
+    assert (tokens, rows * channels * devices) == (48, 2 * 32)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, expected)
 
 

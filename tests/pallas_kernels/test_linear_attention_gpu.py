@@ -1,6 +1,5 @@
 """GPU kernels of linear attention: by the interpreter with its race detection, by the compiler for Hopper, and on a GPU."""
 
-import contextlib
 import importlib.util
 import re
 from functools import partial
@@ -10,11 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.ops import kernels
 from jaxlm.ops.forms import choose
 from jaxlm.ops.linear_attention import linear_attention
-from jaxlm.parallel.context import use_mesh
-from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.linear_attention import gpu
@@ -97,11 +93,12 @@ def test_two_segments_of_time_are_walked_only_where_the_first_walk_is_cheap():
     assert gpu._segments(1, 128, 4 * gpu.FEWEST, cheaply=False) == 4
 
 
+@interpreters.INTERPRETER_AND_GPU
 @pytest.mark.parametrize("kind", KINDS)
-def test_later_tokens_change_no_earlier_bit(kind):
+def test_later_tokens_change_no_earlier_bit(kind, interpret):
     inputs, reset, state, *_ = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16")
     other = arrays(kind, 150, 1, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
-    forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=True))
+    forward = jax.jit(partial(gpu.forward, 0.125, save=False, interpret=interpret))
     o = forward(*inputs, reset, state)[0]
     for t in (3, 64, 100):
         changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), inputs, other)
@@ -109,11 +106,15 @@ def test_later_tokens_change_no_earlier_bit(kind):
 
 
 @pytest.mark.parametrize(
-    ("T", "H", "mesh"),
-    [(150, 2, None), pytest.param(70, 4, {"data": 2, "tensor": 4}, marks=pytest.mark.slow)],
-    ids=["one device", "split rows and heads"],
+    ("T", "H", "mesh", "interpret"),
+    [
+        (150, 2, None, True),
+        pytest.param(70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
+        pytest.param(300, 4, None, False, marks=pytest.mark.gpu),
+    ],
+    ids=["one device", "split rows and heads", "device"],
 )
-def test_the_op_calls_the_kernel(T, H, mesh, monkeypatch):
+def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
     if mesh:
         interpreters.let_gpus_differ(monkeypatch)
     (q, k, v, g), *_ = arrays("scalar", T, H, 64, 64, B=2, dtype="bfloat16")
@@ -131,10 +132,12 @@ def test_the_op_calls_the_kernel(T, H, mesh, monkeypatch):
         return *out, *gradients
 
     expected = loss("recurrent")
-    on = use_mesh(make_mesh(mesh)) if mesh else contextlib.nullcontext()
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"), on:
+    with interpreters.hopper(interpret, mesh):
         got = loss("auto")
-    assert set(calls) == {(1, T, 1, 64) if mesh else (2, T, H, 64)}
+    devices = 8 if mesh else 1 if interpret else jax.device_count()
+    assert len(calls) == 1
+    assert calls[0][1::2] == (T, 64)
+    assert calls[0][0] * calls[0][2] * devices == 2 * H
     for x, y in zip(got, expected, strict=True):
         x, y = (np.asarray(x, np.float64) for x in (x, y))
         assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.01
@@ -148,9 +151,10 @@ def test_others_are_rounded_to_bfloat16(kind):
     assert_rounded(partial(run, interpret=True), (q, k, v, *gates), reset, state, do, d_final)
 
 
-def test_float32_through_the_op(monkeypatch):
+@interpreters.INTERPRETER_AND_GPU
+def test_float32_through_the_op(interpret, monkeypatch):
     inputs, *_ = arrays("scalar", 130, 1, 64, 64, B=1)
-    assert_joins_in_float32(linear_attention, gpu, inputs, 0.01, monkeypatch)
+    assert_joins_in_float32(linear_attention, gpu, inputs, 0.01, monkeypatch, interpret=interpret)
 
 
 @pytest.mark.parametrize(
