@@ -17,7 +17,12 @@ from jaxlm.schema import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (2 for bad input, 128 + signal when told to stop)."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes the words of a list only where they stand together; settings may stand between options too.
+    if isinstance(getattr(arguments, "config", None), list) and not any(word.startswith("-") for word in rest):
+        arguments.config += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         arguments.run(arguments)
     except UserError as error:

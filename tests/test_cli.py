@@ -38,6 +38,19 @@ def test_config_diff(capsys):
     assert run(capsys, "config", "--diff", "quickstart")[1] == "no differences\n"
 
 
+def test_settings_stand_anywhere_among_options(capsys):
+    words = ("hybrid-340m", "train.steps=7", "--diff", "hybrid-340m", "model.norm_eps=1e-5")
+    _, out, _ = run(capsys, "config", *words)
+    assert "train.steps" in out
+    assert "model.norm_eps" in out
+    unknown_of = {"config --steps 7": "--steps", "config seed=1 -y seed=2": "-y seed=2", "doctor seed=1": "seed=1"}
+    for line, unknown in unknown_of.items():
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(line.split())
+        assert exit_.value.code == 2
+        assert f"unrecognized arguments: {unknown}\n" in capsys.readouterr().err
+
+
 def test_config_schema_and_keys(capsys):
     code, out, _ = run(capsys, "config", "--schema")
     assert code == 0
