@@ -4,11 +4,18 @@ decays of a chunk."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add, sub
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+# What kernels take from here where they are traced: a jax without it fails at the import.
+NEEDS = ("CompilerParams", "VMEM", "roll", "store")
+for name in NEEDS:
+    getattr(pltpu, name)
 
 KEY_DIMS = (64, 128, 256)
 VALUE_DIMS = (*KEY_DIMS, 512)
@@ -156,8 +163,15 @@ def prepared(layout: Layout, q, k, v, log_decay, reset) -> dict:
             if reset is not None:
                 # What a reset drops needs no decay, and sums over it stay small.
                 g = jnp.where(layout.padded(reset)[..., None, None], 0.0, g)
-            sums = jnp.cumsum(g.reshape(layout.B, layout.chunks, layout.C, layout.H), axis=2).reshape(g.shape[:3])
-            inputs["b"] = layout.rows(sums)
+            parts = {"b": g}
+            if layout.dtype == jnp.float32:
+                # Differences of sums lose the digits that the sums have before the point. Multiples of 1/64 add up and
+                # subtract exactly, and what is left of each stays small.
+                parts["b"] = jnp.round(64 * g) / 64
+                parts["b_low"] = g - parts["b"]
+            for name, part in parts.items():
+                sums = jnp.cumsum(part.reshape(layout.B, layout.chunks, layout.C, layout.H), axis=2)
+                inputs[name] = layout.rows(sums.reshape(g.shape[:3]))
         else:
             inputs["g"] = layout.tokens(g)
     if reset is not None:
@@ -214,11 +228,13 @@ class Shared:
         self.masks = masks
         self.weights = self.before = self.after = self.total = None
         if "b" in refs:
-            row = refs["b"][0, 0, 0, head : head + 1]
-            column = row.T
-            last = column[masks.size - 1 :]
-            self.weights = jnp.exp(jnp.where(masks.seen, column - row, -jnp.inf))
-            self.before, self.after, self.total = jnp.exp(column), jnp.exp(last - column), jnp.exp(last)
+            # One row of sums, or in float32 two that make them up.
+            rows = [refs[name][0, 0, 0, head : head + 1] for name in ("b", "b_low") if name in refs]
+            columns = [row.T for row in rows]
+            lasts = [column[masks.size - 1 :] for column in columns]
+            between, after = (reduce(add, map(sub, x, y)) for x, y in ((columns, rows), (lasts, columns)))
+            self.weights = jnp.exp(jnp.where(masks.seen, between, -jnp.inf))
+            self.before, self.after, self.total = jnp.exp(reduce(add, columns)), jnp.exp(after), jnp.exp(reduce(add, lasts))
         self.before, self.after, self.total = masks.with_resets(self.before, self.after, self.total)
 
     def scores(self, q, k):

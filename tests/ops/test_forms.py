@@ -1,11 +1,13 @@
 import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxlm.ops import forms, kernels
 from jaxlm.ops.delta_rule import delta_rule
@@ -14,6 +16,7 @@ from jaxlm.ops.linear_attention import linear_attention
 from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import gpu as hopper
+from pallas_kernels import tpu
 
 V5E = {"platform": "tpu", "chip": "TPU v5 lite"}
 H100 = {"platform": "gpu", "chip": "NVIDIA H100 80GB HBM3"}
@@ -126,21 +129,34 @@ def anew(monkeypatch, *modules):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+# By platform: what Pallas has for it, a name that is needed at the import, and one where a kernel is traced.
+OF_JAX = {"gpu": (plgpu, "Layout"), "gpu, traced": (plgpu, "wgmma"), "tpu, traced": (pltpu, "CompilerParams")}
+
+
+@pytest.mark.parametrize("where", OF_JAX)
 @pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "diagonal_recurrence"])
-def test_a_jax_without_what_a_kernel_needs_declines(op, monkeypatch, caplog):
-    folder = op.removesuffix("_recurrence")
-    anew(monkeypatch, "pallas_kernels.gpu", "pallas_kernels.gpu_channels", f"pallas_kernels.{folder}.gpu")
-    monkeypatch.delattr(plgpu, "Layout")
+def test_a_jax_without_what_a_kernel_needs_declines(op, where, monkeypatch, caplog):
+    folder, platform = op.removesuffix("_recurrence"), where[:3]
+    parts = (platform, f"{platform}_channels", f"{folder}.{platform}")
+    anew(monkeypatch, *(f"pallas_kernels.{part}" for part in parts))
+    module, name = OF_JAX[where]
+    monkeypatch.delattr(module, name)
     reason = f"the kernel needs jax >= 0.11.2 and does not import with jax {jax.__version__}: "
-    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+    with kernels.interpreted(platform, (H100 if platform == "gpu" else V5E)["chip"]):
         for _ in range(2):
             choice = forms.choose(op, "auto", T=64, dtype=jnp.bfloat16)
             assert choice.form == "chunked"
             assert choice.reason.startswith(reason)
-            assert "has no attribute 'Layout'" in choice.reason
+            assert f"has no attribute '{name}'" in choice.reason
         with pytest.raises(ValueError, match=f'form="kernel" of {op} cannot run: {reason}'):
             forms.choose(op, "kernel", T=64, dtype=jnp.bfloat16)
     assert [message.partition(reason)[0] for message in caplog.messages] == [f"{op} runs as chunked, without its kernel: "]
+
+
+@pytest.mark.parametrize(("alias", "platform"), [("plgpu", hopper), ("pltpu", tpu)], ids=["gpu", "tpu"])
+def test_kernels_say_all_that_they_need_of_jax(alias, platform):
+    sources = [path.read_text() for path in Path(platform.__file__).parent.rglob("*.py")]
+    assert set(platform.NEEDS) == {name for text in sources for name in re.findall(rf"\b{alias}\.(\w+)", text)}
 
 
 def test_modules_that_jax_lacks_are_its_own(monkeypatch):

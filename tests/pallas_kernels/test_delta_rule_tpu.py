@@ -19,6 +19,7 @@ from pallas_kernels.delta_rule import tpu
 from pallas_kernels.tpu import Masks
 from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.delta_rule import KINDS, TOLERANCES, WHOLE, arrays, assert_close, reference
+from tests.pallas_kernels.linear_attention import steep
 
 
 def run(inputs, reset, state, do, d_final, **settings):
@@ -68,6 +69,13 @@ def test_whole_chunks_and_wide_heads(kind, K, V):
 def test_the_inverse_of_whole_chunks_in_float32():
     """Reflections of similar keys: entries of powers of A would grow beyond float32's digits."""
     inputs, _, *rest = arrays("none", 200, 2, 64, 64, B=1, most=2.0)
+    assert_close(run(inputs, None, *rest, interpret=True), reference(inputs, None, *rest), "float32")
+
+
+@pytest.mark.parametrize("kind", ["scalar", pytest.param("vector", marks=pytest.mark.slow)])
+def test_whole_chunks_of_steep_decays_in_float32(kind):
+    inputs, _, *rest = arrays(kind, 128, 2, 64, 64, B=1)
+    inputs = steep(inputs)
     assert_close(run(inputs, None, *rest, interpret=True), reference(inputs, None, *rest), "float32")
 
 

@@ -15,7 +15,7 @@ from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.linear_attention import tpu
 from tests.pallas_kernels import interpreters
-from tests.pallas_kernels.linear_attention import KINDS, TOLERANCES, arrays, assert_close, reference
+from tests.pallas_kernels.linear_attention import KINDS, TOLERANCES, arrays, assert_close, reference, steep
 
 
 def run(inputs, reset, state, do, d_final, **settings):
@@ -59,6 +59,13 @@ def test_values_and_gradients(case, dtype):
 def test_whole_chunks_and_wide_heads(kind, K, V):
     inputs, *rest = arrays(kind, 200, 2, K, V, B=1, dtype="bfloat16")
     assert_close(run(inputs, *rest, interpret=True), reference(inputs, *rest), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["scalar", pytest.param("vector", marks=pytest.mark.slow)])
+def test_whole_chunks_of_steep_decays_in_float32(kind):
+    inputs, _, *rest = arrays(kind, 128, 2, 64, 64, B=1)
+    inputs = steep(inputs)
+    assert_close(run(inputs, None, *rest, interpret=True), reference(inputs, None, *rest), "float32")
 
 
 @pytest.mark.parametrize("kind", ["none", "scalar", pytest.param("vector", marks=pytest.mark.slow)])
