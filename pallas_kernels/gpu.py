@@ -23,8 +23,8 @@ F32 = jnp.float32
 # What kernels take from here where they are traced: a jax without it fails at the import.
 NEEDS = (
     "ACC", "Barrier", "CompilerParams", "InterpretGPUParams", "Layout", "SMEM", "SwizzleTransform", "TilingTransform",
-    "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem", "copy_gmem_to_smem", "copy_smem_to_gmem", "find_swizzle", "kernel",
-    "layout_cast", "load", "wait_smem_to_gmem", "wgmma",
+    "barrier_arrive", "barrier_wait", "broadcasted_iota", "commit_smem", "copy_gmem_to_smem", "copy_smem_to_gmem",
+    "find_swizzle", "kernel", "layout_cast", "load", "wait_smem_to_gmem", "wgmma",
 )  # fmt: skip
 for name in NEEDS:
     getattr(plgpu, name)
