@@ -86,8 +86,9 @@ def delta_rule(
       scale, initial_state, segment_ids: as in `linear_attention`.
       form: "recurrent" (token by token), "parallel" (all pairs, O(T^2) memory), "chunked" (O(T C) time and memory; its
         gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPUs
-        and Hopper GPUs; its gradient keeps the inputs and a state a chunk) or "auto" (see `forms.choose`). On GPUs the
-        kernel takes float32 only where `jax.default_matmul_precision` says "bfloat16", and rounds it to that.
+        and Hopper GPUs; its gradient keeps the inputs and a state a chunk, on GPUs also what the chunk's tokens write and
+        an inverse) or "auto" (see `forms.choose`). On GPUs the kernel takes float32 only where
+        `jax.default_matmul_precision` says "bfloat16", and rounds it to that.
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk. The kernel has its own.
 
     Returns:

@@ -12,7 +12,7 @@ With dh, the cotangent of the state that leaves,
     dv = R^T beta (P^T do + (after * k) dh),
 
 and the loss knows beta from its products with the keys that are written alone: with w_j the cotangent of beta_j k_j there,
-dbeta_j = k_j w_j. Four kernels:
+dbeta_j = k_j w_j. The kernels:
 
 - inverses: every chunk on its own, R. The inverse doubles its blocks: with X that of the blocks of s tokens and A_s the part of
   A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s. Products skip the blocks of 16 tokens that are 0.
@@ -22,6 +22,11 @@ dbeta_j = k_j w_j. Four kernels:
 - backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores come from
   another warpgroup.
 - backward: every chunk and 64 of its key channels on its own, for dq, dk, dbeta and the flow of the decays.
+
+With a decay of every channel `scores` comes first, every chunk on its own: P, S and q and k times their decays, level by level
+as in `pallas_kernels.linear_attention.gpu`; the walks then have the chunk's decays alone, and backward goes through the levels.
+Where rows and heads are few, time is split into segments: maps (what each multiplies a state by) and what it adds, by walks of
+their own (`maps`, `forward`; in reverse `maps`, `backward_added`), give the states that enter them.
 """
 
 from __future__ import annotations

@@ -12,15 +12,16 @@ Backward: the same grid in reverse order with the cotangents of the states in VM
 entering state once and writes dq, dk, dv and, for a decay, the flow q dq - k dk, whose reverse sum over the chunk plus what
 the leaving state and its cotangent have in common is dg.
 
-Scalar decays: cumulative sums over chunks are made outside (a row of 4 bytes a token and head) and weights are exp(b_i - b_j).
+Scalar decays: cumulative sums over chunks are made outside (a row of 4 bytes a token and head, in float32 two, so that their
+differences keep its digits) and weights are exp(b_i - b_j).
 Vector decays: scores factorise over a binary tree of blocks (as in `jaxlm.ops.linear_attention`): the pair (i, j) parts at
 one block of 2s tokens with i in its right half and j in its left, and the exponents are sums of g from j to the end of the
 left half and from the start of the right half to i, never differences: any decay is safe, and no factor that enters row i
 belongs to a later token. Every level is one matrix product of all tokens, of which the pairs of that level are kept.
 
 Per token and head, K = V = 128, C = 128, bf16: forward 4 K V + 2 C (K + V) = 131k FLOPs on 1,028 bytes (vector: 1,536),
-backward 328k on 2,312 (3,328): at most 142 FLOPs a byte, below what any TPU needs to be busy (240 on v5e), so memory bounds
-a perfect kernel; what the compiler schedules is more than that: docs/kernels.md.
+backward 328k on 1,800 (2,816), besides 256 for the states written and as many read: at most 182 FLOPs a byte, below what any
+TPU needs to be busy (240 on v5e), so memory bounds a perfect kernel; what the compiler schedules is more: docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -58,11 +58,13 @@ def test_the_op_calls_the_kernel(mesh, shared, monkeypatch):
     forward = tpu.forward
     monkeypatch.setattr(tpu, "forward", lambda a, b, *rest, **named: calls.append(b.shape) or forward(a, b, *rest, **named))
     with kernels.interpreted("tpu", "TPU v5 lite"):
-        if mesh is None:
-            got = op("auto", shared=shared)
-        else:
+        got = op("auto", shared=shared)
+        if mesh:
+            alone = got
+            calls.clear()
             with use_mesh(make_mesh(mesh)):
                 got = op("auto", shared=shared)
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, alone)
     ways = mesh or {}
     assert set(calls) == {(2 // ways.get("data", 1), 48 // ways.get("sequence", 1), 32 // ways.get("tensor", 1))}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, expected)
