@@ -8,6 +8,7 @@ same process.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
 TOKENS = 32768  # in all rows together, as long as one row has no more
 OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule, "diagonal_recurrence": diagonal_recurrence}
 DIRECTIONS = ("forward", "forward and backward")
+PEERS = ("jax-linear-attention", "fla-core", "torch", "triton")  # packages, which need not be there
 
 
 def kernel_names(chip: str) -> list[str]:
@@ -198,11 +200,13 @@ def run(
     forms = ["kernel", *(form for form in forms if form != "kernel")]  # what the others are compared with
     peers = [name for name, module in (("jax-linear-attention", "jla"), ("fla", "fla")) if importlib.util.find_spec(module)]
     console, rate = Console(stderr=True), bandwidth()
-    made = {"environment": environment() | {"device": chip}, "settings": {"H": H, "K": K, "V": V, "dtype": "bfloat16"}}
+    settings = {"H": H, "K": K, "V": V, "dtype": "bfloat16"}
+    made = {"environment": environment() | _peers() | {"device": chip}, "settings": settings}
     before = read_json(output / "times.json") or {"rows": []}
     if _is_of(before) != _is_of(made):
         before = {"rows": []}  # what was measured elsewhere or of another size is not to be compared with
-    result = made | {"copy_tb_s": rate, "rows": before["rows"]}
+    peers = {name: version for name, version in before.get("environment", {}).items() if name in PEERS}
+    result = made | {"environment": peers | made["environment"], "copy_tb_s": rate, "rows": before["rows"]}
     for name in names:
         op, decay = name.rsplit("-", 1)
         for T in lengths:
@@ -242,13 +246,14 @@ def merge(output: Path, folders: Sequence[Path]) -> dict:
 
     Of a kernel, direction, form and length that several runs have, the row of the last one that measured it stays. Ratios to
     the kernel are those of the process that measured both; the absolute times of different lines may be of different machines
-    of one kind. Environment and copy rate are those of the first run.
+    of one kind. Environment and copy rate are those of the first run, with the versions of the peers of all.
 
     Args:
       folders: that hold a times.json, or such files; what OUTPUT held before stays only if it is one of them.
 
     Raises:
-      UserError: for a folder without times.json, and for results of other devices, versions of jax or sizes than the first.
+      UserError: for a folder without times.json, and for results of other devices, versions (of jax, of peers) or sizes than
+        the first.
     """
     merged, rows = None, {}
     for folder in folders:
@@ -259,6 +264,11 @@ def merge(output: Path, folders: Sequence[Path]) -> dict:
         merged = merged or result
         if _is_of(result) != _is_of(merged):
             raise UserError(f"--merge: {path} is of {_is_of(result)}, not of {_is_of(merged)}")
+        known = merged.setdefault("environment", {})
+        for name in PEERS:
+            version = result["environment"].get(name)
+            if version and known.setdefault(name, version) != version:
+                raise UserError(f"--merge: {path} is of {name} {version}, not of {known[name]}")
         kernels_ms = {_place(row): row["ms"] for row in result["rows"] if row["form"] == "kernel"}
         for row in result["rows"]:
             kernel = kernels_ms.get(_place(row))
@@ -277,6 +287,12 @@ def merge(output: Path, folders: Sequence[Path]) -> dict:
     write_json(output / "times.json", result)
     show(result, output)
     return result
+
+
+def _peers() -> dict[str, str]:
+    """Versions of what is installed of `PEERS`."""
+    found = {package.name.replace("_", "-"): package.version for package in importlib.metadata.distributions()}
+    return {name: found[name] for name in PEERS if name in found}
 
 
 def _is_of(result: dict) -> dict:

@@ -56,7 +56,7 @@ __all__ = ["CHUNK", "SAVED_AXES", "backward", "declines", "forward"]
 CHUNK = 128  # suits the matrix units
 
 # The logical axes of what `forward` saves.
-SAVED_AXES = (("batch", None, "heads", None, None), ("batch", "heads", None, None))
+SAVED_AXES = ("batch", None, "heads", None, None)
 
 
 def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int | None = None, interpret=False):
@@ -73,8 +73,8 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int |
       interpret: as for `pl.pallas_call`.
 
     Returns:
-      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H, V, K] in q's dtype with
-      the final state, or None.
+      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H, V, K] in q's dtype, or
+      None.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
     layout = Layout(q, v, _heads(q, v, vector), chunk or CHUNK)
@@ -94,7 +94,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int |
         scale=scale, n=layout.n,
     )  # fmt: skip
     final_state = jnp.swapaxes(results["final"], -1, -2)
-    return layout.unpadded(results["o"]), final_state, (results["saved"], final_state) if save else None
+    return layout.unpadded(results["o"]), final_state, results.get("saved")
 
 
 def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int | None = None, interpret=False):
@@ -111,10 +111,9 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
     kind = "none" if log_decay is None else "vector" if log_decay.shape[-1] > 1 else "scalar"
     layout = Layout(q, v, _heads(q, v, kind == "vector"), chunk or CHUNK, reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
-    entering, final_state = saved
     d_leaving = jnp.swapaxes(d_final, -1, -2)
     inputs = prepared(layout, q, k, v, log_decay, reset) | {
-        "do": layout.tokens(do), "entering": layout.states_of_chunks(entering), "d_final": layout.states(d_leaving),
+        "do": layout.tokens(do), "entering": layout.states_of_chunks(saved), "d_final": layout.states(d_leaving),
     }  # fmt: skip
 
     def like(x):
@@ -122,10 +121,6 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
 
     outputs = {"dq": like(q), "dk": like(k), "dv": like(v), "d_state": layout.states(shape(d_leaving.shape, jnp.float32))}
     scratch = _scratch(layout, vector=kind == "vector", backward=True)
-    if kind != "none":
-        common = jnp.sum(final_state * d_final, axis=-1).reshape(layout.B, -1, layout.n, layout.K)
-        inputs["common"] = common, pl.BlockSpec((1, 1, layout.n, layout.K), lambda b, g, t: (b, g, 0, 0))
-        scratch["left"] = pltpu.VMEM((layout.n, layout.K), jnp.float32)
     if kind == "vector":
         outputs["dg"] = like(log_decay)
     elif kind == "scalar":
@@ -146,9 +141,11 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
 
 
 def _heads(q, v, vector: bool) -> int:
-    """How many go side by side, which hides latencies: two, where one fills neither the registers nor the memory."""
-    one = vector or (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize > 2048
-    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], 1 if one else 2)
+    """How many go side by side, which hides latencies: two, or four of the long chains of a vector decay, where they leave room
+    in the memory."""
+    token = (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize
+    most = (4 if token <= 512 else 1) if vector else (2 if token <= 2048 else 1)
+    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], most)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:
@@ -183,18 +180,13 @@ def _forward_step(q, k, v, state, o, final, carry, saved=None, *, scale, n, **re
         final[0] = carry[...]
 
 
-def _backward_step(
-    q, k, v, do, entering, d_final, dq, dk, dv, d_state, carry, common=None, left=None, dg=None, flow=None,
-    *, scale, n, **rest,
-):
+def _backward_step(q, k, v, do, entering, d_final, dq, dk, dv, d_state, carry, dg=None, flow=None, *, scale, n, **rest):
     """One chunk of n heads; the last chunk comes first."""
     step = pl.program_id(2)
 
     @pl.when(step == 0)
     def _():
         carry[...] = d_final[0]
-        if left is not None:
-            left[...] = common[0, 0]
 
     masks = Masks(q.shape[1], rest.get("start"))
     for head in range(n):
@@ -205,23 +197,24 @@ def _backward_step(
         weigh = _decay(rest | {"q": q, "k": k}, head, n, masks)
         scores, dqh, dkh = weigh.pullback(scale, qh, kh, vh, doh)
         dqh = dqh + scale * times(weigh.before, dot(doh, h, NN))
-        dkh = dkh + times(weigh.after, dot(vh, dh_low, NN))
+        dk_later = times(weigh.after, dot(vh, dh_low, NN))
+        dkh = dkh + dk_later
         dvh = dot(scaled(kh, weigh.after), dh_low, NT) + dot(scores, doh, TN)
-        dh = times(weigh.total, dh) + dot(doh, scaled(qh, times(weigh.before, jnp.float32(scale))), TN)
-        carry[head] = dh
+        carry[head] = times(weigh.total, dh) + dot(doh, scaled(qh, times(weigh.before, jnp.float32(scale))), TN)
         dq[0, :, pl.ds(head * keys, keys)] = dqh.astype(dq.dtype)
         dk[0, :, pl.ds(head * keys, keys)] = dkh.astype(dk.dtype)
         dv[0, :, pl.ds(head * values, values)] = dvh.astype(dv.dtype)
-        if left is not None:
-            flowed = qh * dqh - kh * dkh
-            before_it = left[head : head + 1]
-            left[head : head + 1] = jnp.sum(h * dh, axis=0, keepdims=True)
-            if dg is not None:
-                dg[0, :, pl.ds(head * keys, keys)] = sums_from(flowed) + before_it
-            else:
-                row = jnp.sum(flowed, axis=1, keepdims=True).T
-                is_last = iota(row.shape, 1) == row.shape[1] - 1
-                flow[0, 0, 0, head : head + 1] = jnp.where(is_last, row + jnp.sum(before_it), row)
+        if dg is None and flow is None:
+            continue
+        # What the leaving state and its cotangent have in common: of the very numbers that the flow takes off again.
+        common = weigh.total * jnp.sum(h * dh, axis=0, keepdims=True) + jnp.sum(kh * dk_later, axis=0, keepdims=True)
+        flowed = qh * dqh - kh * dkh
+        if dg is not None:
+            dg[0, :, pl.ds(head * keys, keys)] = sums_from(flowed) + common
+        else:
+            row = jnp.sum(flowed, axis=1, keepdims=True).T
+            is_last = iota(row.shape, 1) == row.shape[1] - 1
+            flow[0, 0, 0, head : head + 1] = jnp.where(is_last, row + jnp.sum(common), row)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _():

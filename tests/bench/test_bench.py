@@ -266,8 +266,10 @@ def test_times_of_several_runs_are_joined_with_the_ratios_of_each(tmp_path):
             row | {"form": "peer", "ms": None, "error": "fails", "T": 2048},
         ],
     }
-    for name, rows in runs.items():
-        report.write_json(tmp_path / name / "times.json", settings | {"rows": rows})
+    of_peers = {"a": {}, "b": {"triton": "3.6.0"}, "c": {"fla-core": "0.6.0", "triton": "3.6.0"}, "f": {"triton": "3.7.1"}}
+    for name, versions in of_peers.items():
+        run = settings | {"environment": settings["environment"] | versions, "rows": runs.get(name, [])}
+        report.write_json(tmp_path / name / "times.json", run)
     main(["bench", "kernels", "--merge", f"{tmp_path}/a,{tmp_path}/b/times.json,{tmp_path}/c", "-o", str(tmp_path / "out")])
     joined = json.loads((tmp_path / "out/times.json").read_text())
     found = {(row["T"], row["form"]): (row["ms"], row.get("over_kernel")) for row in joined["rows"]}
@@ -275,6 +277,9 @@ def test_times_of_several_runs_are_joined_with_the_ratios_of_each(tmp_path):
         ((2048, "kernel"), (0.3, None)), ((2048, "peer"), (None, None)),
         ((8192, "kernel"), (0.4, None)), ((8192, "chunked"), (4.0, 8.0)), ((8192, "peer"), (0.8, 2.0)),
     ]  # fmt: skip
+    assert joined["environment"] == {"device": "H100", "jax": "1", "triton": "3.6.0", "fla-core": "0.6.0"}
+    with pytest.raises(UserError, match="f/times.json is of triton 3.7.1, not of 3.6.0"):
+        kernel_times.merge(tmp_path / "out", [tmp_path / "b", tmp_path / "f"])
     report.write_json(tmp_path / "d/times.json", settings | {"settings": {"H": 8}, "rows": []})
     with pytest.raises(UserError, match="d/times.json is of .*'H': 8.* not of .*'H': 16"):
         kernel_times.merge(tmp_path / "out", [tmp_path / "a", tmp_path / "d"])

@@ -58,7 +58,7 @@ def test_values_and_gradients(case, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("K", "V"), [(256, 128), (128, 512), (128, 128)])
 def test_whole_chunks_and_wide_heads(kind, K, V):
-    inputs, *rest = arrays(kind, 200, 2, K, V, B=1, dtype="bfloat16")
+    inputs, *rest = arrays(kind, 200, 4, K, V, B=1, dtype="bfloat16")
     assert_close(run(inputs, *rest, interpret=True), reference(inputs, *rest), "bfloat16")
 
 
