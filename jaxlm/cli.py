@@ -102,7 +102,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--keys", action="store_true", help="list every setting with type, default and meaning")
 
     sub = command("doctor", doctor_command, "devices, versions, and which form each op takes here and why")
-    sub.add_argument("--length", type=int, default=2048, help="sequence length asked about (default %(default)s)")
+    sub.add_argument(
+        "config", nargs="*", metavar="CONFIG | key=value", help="a config whose model's ops are asked about too, with its heads"
+    )
+    sub.add_argument("--length", type=int, help="sequence length asked about (default: the config's, or 2048)")
 
     sub = command("plot", plot_command, "draw the loss curves of runs as a PNG (extra: plot)")
     sub.add_argument("runs", nargs="+", metavar="RUN", type=Path)
@@ -295,8 +298,10 @@ def config_command(arguments: argparse.Namespace) -> None:
 
 def doctor_command(arguments: argparse.Namespace) -> None:
     from jaxlm.doctor import report
+    from jaxlm.training.run import load_config
 
-    print(report(arguments.length))
+    config = load_config(*split_config_words(arguments.config)).config if arguments.config else None
+    print(report(arguments.length, config))
 
 
 def plot_command(arguments: argparse.Namespace) -> None:

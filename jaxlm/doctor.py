@@ -6,9 +6,12 @@ import importlib.util
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from jaxlm.config import compute_dtype
-from jaxlm.ops import forms
+from jaxlm.config import RunConfig, compute_dtype, with_vocabulary
+from jaxlm.data import BytesTokenizerSettings, load_tokenizer
+from jaxlm.models.language_model import abstract_model
+from jaxlm.ops import forms, kernels
 from jaxlm.training.metrics import format_count, peak_flops
 from jaxlm.training.run import versions
 
@@ -23,8 +26,14 @@ EXTRAS = {
 }
 
 
-def report(length: int) -> str:
-    """Devices, versions, extras, and the form that every op takes for training at a sequence length, with the reason."""
+def report(length: int | None = None, config: RunConfig | None = None) -> str:
+    """Devices, versions, extras, and the form that every op takes for training, with the reason.
+
+    Args:
+      length: tokens a row; None for the config's, or 2,048.
+      config: also the forms of its model's ops, with the heads and decays that they have there.
+    """
+    length = length or (config.data.sequence_length if config else 2048)
     device = jax.devices()[0]
     peak = peak_flops(device)
     dtype = jnp.dtype(compute_dtype("auto", device.platform))
@@ -44,4 +53,27 @@ def report(length: int) -> str:
                 op, "auto", T=tokens, dtype=dtype, platform=device.platform, chip=device.device_kind, masked=masked,
             )  # fmt: skip
             lines.append(f"  {op}, T={tokens} ({use})  {choice.form}: {choice.reason}")
-    return "\n".join(lines)
+    return "\n".join(lines + (_of_model(config, length) if config else []))
+
+
+# What `forms.choose` is told, by the names that people have for it.
+KNOWN = {"heads": "H", "head_dim": "K", "value_dim": "V", "decay": "decay"}
+
+
+def _of_model(config: RunConfig, length: int) -> list[str]:
+    """The forms that the ops of a model take in a training step on one device: traced, not run."""
+    config = with_vocabulary(config, load_tokenizer(BytesTokenizerSettings()))  # no text is read, so that any tokenizer does
+    platform, _ = kernels.target()
+    graphdef, params = nnx.split(abstract_model(config.model, compute_dtype(config.train.dtype, platform)))
+    row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def hidden(params, tokens, ids):
+        return nnx.merge(graphdef, params).hidden_with_auxiliary(tokens, segment_ids=ids)[0]
+
+    with forms.recorded() as asked:
+        jax.eval_shape(hidden, params, row, row)
+    lines = [f"forms of {config.name} on {platform}, T={length}"]
+    for op, known, choice in asked:
+        told = [known["dtype"]] + [f"{name}={known[field]}" for field, name in KNOWN.items() if known.get(field) is not None]
+        lines.append(f"  {op}, {', '.join(told)}  {choice.form}: {choice.reason}")
+    return lines

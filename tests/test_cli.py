@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxlm import cli
+from jaxlm.ops import kernels
 
 
 def run(capsys, *words):
@@ -43,7 +44,7 @@ def test_settings_stand_anywhere_among_options(capsys):
     _, out, _ = run(capsys, "config", *words)
     assert "train.steps" in out
     assert "model.norm_eps" in out
-    unknown_of = {"config --steps 7": "--steps", "config seed=1 -y seed=2": "-y seed=2", "doctor seed=1": "seed=1"}
+    unknown_of = {"config --steps 7": "--steps", "config seed=1 -y seed=2": "-y seed=2", "plot a --c d": "--c d"}
     for line, unknown in unknown_of.items():
         with pytest.raises(SystemExit) as exit_:
             cli.main(line.split())
@@ -65,6 +66,17 @@ def test_doctor_names_devices_versions_and_forms(capsys):
     assert code == 0
     for word in ("cpu", "flax", "linear_attention, T=2048", "chunked", "tensorboard"):
         assert word in out, word
+
+
+def test_doctor_knows_the_heads_of_a_model(capsys):
+    words = ["model.pattern=[gla,attention]", "model.width=192", "model.mixers.gla.heads=2", "train.dtype=bfloat16"]
+    with kernels.interpreted("gpu", "NVIDIA H100 80GB HBM3"):
+        _, out, _ = run(capsys, "doctor", *words, "--length", "64")
+        _, fits, _ = run(capsys, "doctor", *words[:1], "model.width=256", *words[2:])
+    assert "  linear_attention, bfloat16, H=2, K=48, V=96, decay=vector  chunked: the GPU kernel has K in (64, 128, 256)" in out
+    assert "  attention, bfloat16, K=48, V=48  chunked: cuDNN attention does not take segment ids" in out
+    assert "forms of quickstart on gpu, T=64\n" in out
+    assert "  linear_attention, bfloat16, H=2, K=64, V=128, decay=vector  kernel: Pallas kernel" in fits
 
 
 @pytest.mark.parametrize(

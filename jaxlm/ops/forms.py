@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,22 @@ def use_kernels(use: bool) -> Iterator[None]:
         _KERNELS.reset(token)
 
 
+# (op, what `choose` was told, its answer)
+Asked = tuple[str, dict[str, Any], Choice]
+_ASKED: ContextVar[list[Asked] | None] = ContextVar("jaxlm_asked", default=None)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Asked]]:
+    """The choices of forms that are made within this context, once each: of what is traced there, in its order."""
+    asked: list[Asked] = []
+    token = _ASKED.set(asked)
+    try:
+        yield asked
+    finally:
+        _ASKED.reset(token)
+
+
 def choose(
     op: str,
     form: str,
@@ -154,6 +171,14 @@ def choose(
       ValueError: for an op or a form that is not there, with those that are; for form="kernel" where the kernel cannot
         run, with the reason; for tokens that the shards of the mesh's sequence axis do not divide.
     """
+    choice = _choose(op, form, T, dtype, platform, chip, known)
+    asked, said = _ASKED.get(), (op, {"T": T, "dtype": jnp.dtype(dtype).name} | known, choice)
+    if asked is not None and said not in asked:
+        asked.append(said)
+    return choice
+
+
+def _choose(op, form, T, dtype, platform, chip, known) -> Choice:
     if op not in OPS:
         raise ValueError(f"op={op!r} is not there; choose one of {', '.join(OPS)}")
     if form not in ("auto", *OPS[op]):
