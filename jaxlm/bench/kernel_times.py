@@ -205,8 +205,8 @@ def run(
     before = read_json(output / "times.json") or {"rows": []}
     if _is_of(before) != _is_of(made):
         before = {"rows": []}  # what was measured elsewhere or of another size is not to be compared with
-    peers = {name: version for name, version in before.get("environment", {}).items() if name in PEERS}
-    result = made | {"environment": peers | made["environment"], "copy_tb_s": rate, "rows": before["rows"]}
+    versions = {name: version for name, version in before.get("environment", {}).items() if name in PEERS}
+    result = made | {"environment": versions | made["environment"], "copy_tb_s": rate, "rows": before["rows"]}
     for name in names:
         op, decay = name.rsplit("-", 1)
         for T in lengths:

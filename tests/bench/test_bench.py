@@ -254,6 +254,24 @@ def test_times_of_kernels_are_ratios_to_the_kernel_beside_the_floor():
     assert lines == [["linear_attention-scalar", "forward", "4", "8192", "0.500", "4.000 (8.00x)", "failed", "0.250"]]
 
 
+def test_peers_are_timed_beside_the_kernel_and_their_versions_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_times, "kernel_names", lambda chip: ["delta_rule-none"])
+    monkeypatch.setattr(kernel_times, "bandwidth", lambda: 2.9)
+    monkeypatch.setattr(kernel_times, "inputs", lambda *args: ())
+    monkeypatch.setattr(kernel_times, "_time", lambda op, decay, form, *rest: 0.5 if form == "kernel" else 1.0)
+    for module, versions in (("jla", {"jax-linear-attention": "0.1.0"}), ("fla", {"fla-core": "0.6.0", "triton": "3.6.0"})):
+        monkeypatch.setattr(kernel_times.importlib.util, "find_spec", lambda name, module=module: name == module or None)
+        monkeypatch.setattr(kernel_times, "_peers", lambda versions=versions: versions)
+        monkeypatch.setattr(kernel_times, "draw", lambda *args: False)
+        T = {"jla": 2048, "fla": 4096}[module]
+        result = kernel_times.run(tmp_path, lengths=[T], forms=["kernel"])
+    found = [(row["T"], row["form"], row.get("over_kernel")) for row in result["rows"] if row["direction"] == "forward"]
+    assert found == [(2048, "kernel", None), (2048, "jax-linear-attention", 2.0), (4096, "kernel", None), (4096, "fla", 2.0)]
+    versions = {name: result["environment"].get(name) for name in kernel_times.PEERS}
+    assert versions == {"jax-linear-attention": "0.1.0", "fla-core": "0.6.0", "torch": None, "triton": "3.6.0"}
+    assert json.loads((tmp_path / "times.json").read_text()) == result
+
+
 def test_times_of_several_runs_are_joined_with_the_ratios_of_each(tmp_path):
     row = {"op": "delta_rule", "decay": "none", "direction": "forward", "B": 4, "T": 8192, "floor_ms": 0.25}
     settings = {"environment": {"device": "H100", "jax": "1"}, "settings": {"H": 16}, "copy_tb_s": 2.9}
