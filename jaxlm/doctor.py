@@ -12,6 +12,7 @@ from jaxlm.config import RunConfig, compute_dtype, with_vocabulary
 from jaxlm.data import BytesTokenizerSettings, load_tokenizer
 from jaxlm.models.language_model import abstract_model
 from jaxlm.ops import forms, kernels
+from jaxlm.schema import UserError
 from jaxlm.training.metrics import format_count, peak_flops
 from jaxlm.training.run import versions
 
@@ -32,8 +33,14 @@ def report(length: int | None = None, config: RunConfig | None = None) -> str:
     Args:
       length: tokens a row; None for the config's, or 2,048.
       config: also the forms of its model's ops, with the heads and decays that they have there.
+
+    Raises:
+      UserError: for a length below 1.
     """
-    length = length or (config.data.sequence_length if config else 2048)
+    if length is None:
+        length = config.data.sequence_length if config else 2048
+    if length < 1:
+        raise UserError(f"--length: a row has at least one token, not {length}")
     device = jax.devices()[0]
     peak = peak_flops(device)
     dtype = jnp.dtype(compute_dtype("auto", device.platform))

@@ -82,6 +82,7 @@ def test_doctor_knows_the_heads_of_a_model(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["doctor", "--length", "0"], "--length: a row has at least one token, not 0"),
         (["train", "model.widht=64"], "did you mean 'width'"),
         (["train", "train.steps=many"], "train.steps"),
         (["train", "quikstart"], "did you mean 'quickstart'"),

@@ -141,11 +141,12 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
 
 
 def _heads(q, v, vector: bool) -> int:
-    """How many go side by side, which hides latencies: two, or four of the long chains of a vector decay, where they leave room
-    in the memory."""
-    token = (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize
-    most = (4 if token <= 512 else 1) if vector else (2 if token <= 2048 else 1)
-    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], most)
+    """How many go side by side, which hides latencies: two, or four of the long chains of a vector decay, where they fit the
+    memory of v4 (those of 64 channels, which are padded to 128 lanes, do not)."""
+    H, K, V = *q.shape[2:], v.shape[3]
+    token = (K + V) * q.dtype.itemsize
+    most = (4 if K == V == 128 and token <= 512 else 1) if vector else (2 if token <= 2048 else 1)
+    return heads_a_step(H, K, V, most)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:
