@@ -123,6 +123,14 @@ class Call:
         # Nothing that reads the sum may move ahead of the wait for it.
         return lax.optimization_barrier(pl.run_state(accumulate)(plgpu.ACC.init(init)))
 
+    def dot_while(self, x, y, meanwhile):
+        """x @ y as `dot` has it, and what `meanwhile` returns: it is called with the product under way, and may not write what
+        that reads."""
+        if self.interpret is not None:
+            other = meanwhile()
+            return self.dot((x, y)), other
+        return self._fresh([(x, y)], (x.shape[0], y.shape[1]), meanwhile)
+
     def dots(self, inits, *pairs):
         """[init + x @ y], one product for every init, under way together; y in shared memory, x there or in registers."""
         if self.interpret is not None:
@@ -134,11 +142,14 @@ class Call:
 
         return list(lax.optimization_barrier(pl.run_state(accumulate)([plgpu.ACC.init(init) for init in inits])))
 
-    def _fresh(self, pairs, shape):
+    def _fresh(self, pairs, shape, meanwhile=None):
         def scoped(acc):
             for x, y in pairs:
                 plgpu.wgmma(acc, x, y)
-            return acc[...]
+            if meanwhile is None:
+                return acc[...]
+            other = meanwhile()
+            return acc[...], other
 
         product = pl.run_scoped(scoped, plgpu.ACC(shape, F32))
         return product if self.interpret is not None else lax.optimization_barrier(product)

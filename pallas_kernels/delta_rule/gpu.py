@@ -211,9 +211,9 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
     B, T, H, K = q.shape
     N, tiles = T // C, range(K // C)
     dtype = q.dtype
-    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
-    if keys:
-        scratch["z_keys_s"] = [swizzled((C, C), dtype)] * len(tiles)
+    low = jnp.float16 if keys else dtype
+    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "k_read_s")[: 2 + keys]}
+    scratch |= {name: [swizzled((C, C), low)] * len(tiles) for name in ("z_s", "z_keys_s")[: 1 + keys]}
     scratch |= {
         "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles), "total_s": plgpu.SMEM((K,), F32),
         "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + 2 * (start is not None)),
@@ -223,11 +223,12 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
         operands.append(start)
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
     shape = jax.ShapeDtypeStruct
-    out_type = [shape(q.shape, dtype)] * 3 + [shape((B, N, H, C, C), dtype), shape((B, N, H, K), F32)]
+    out_type = [shape(q.shape, dtype)] * 3 + [shape((B, N, H, C, C), low), shape((B, N, H, K), F32)]
     if keys:
         out_type.append(shape((B, N, H, C, C), jnp.float16))
 
-    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, total_s, full, z_keys_s=None, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, total_s, full, k_read_s=None, z_keys_s=None, rows_s=None,
+             columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
         q_read_ref, k_read_ref, k_write_ref, p_ref, total_ref, *scores_refs = refs
@@ -240,7 +241,8 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
         if start is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        levels = Levels(call, dtype)
+        k_read_s = k_read_s or z_s
+        levels = Levels(call, low)
         plgpu.barrier_wait(full)
         for tile in tiles:
             g_c = powers(plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False))
@@ -255,10 +257,10 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
         def level(n, found):
             size = jnp.int32(1) << n
             for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
-                q_c, k_c = load(q_s[tile]), load(k_s[tile])
+                q_c, k_c = load(q_s[tile]).astype(low), load(k_s[tile]).astype(low)
                 z_s[tile][...] = levels.mixed(factor, size, q_c, k_c)
                 if keys:
-                    z_keys_s[tile][...] = k_c * factor.astype(dtype)
+                    z_keys_s[tile][...] = k_c * factor.astype(low)
             plgpu.commit_smem()
             parted = levels.pairs(size)
             of = (z_s, z_keys_s)[: len(found)]
@@ -275,15 +277,15 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
                 after = jnp.where(starts == rows_s[C - 1], after, 0.0)
             q_c, k_c = load(q_s[tile]).astype(F32), load(k_s[tile]).astype(F32)
             q_s[tile][...] = (q_c * (before * scale)).astype(dtype)
-            z_s[tile][...] = (k_c * before).astype(dtype)
+            k_read_s[tile][...] = (k_c * before).astype(dtype)
             k_s[tile][...] = (k_c * after).astype(dtype)
             plgpu.commit_smem()
-            for x_s, ref in ((q_s[tile], q_read_ref), (z_s[tile], k_read_ref), (k_s[tile], k_write_ref)):
+            for x_s, ref in ((q_s[tile], q_read_ref), (k_read_s[tile], k_read_ref), (k_s[tile], k_write_ref)):
                 plgpu.copy_smem_to_gmem(x_s, ref.at[b, tokens, h, columns[tile]])
         if not keys:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         p_s = (z_keys_s if keys else z_s)[0]
-        p_s[...] = (found[0] * scale).astype(dtype)
+        p_s[...] = (found[0] * scale).astype(low)
         if keys:
             sum_s[0][...] = found[1].astype(jnp.float16)
         plgpu.commit_smem()
@@ -305,7 +307,8 @@ def _stages(K, wgs, channels):
     return 2 if wgs > 1 or channels is not None else 3
 
 
-def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, segments=None, rows=None, channels=None):
+def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, segments=None, split=True, rows=None,
+                  channels=None):
     """The states that leave the segments [B, S, H, K, V], outputs and, if saved, the states that enter the chunks
     [B, N, H, V, K] and their r [B, N, H, V, C] in v's dtype.
 
@@ -318,6 +321,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
       segments: or S, for only what each makes of a state, [B, S, H, V + K, K]: the state that leaves it, transposed, after none
         enters (the first after `states` of S = 1), and the matrix that multiplies one that does. What `_entering` does not
         read is not made.
+      split: the scores enter their product with r as sums of two numbers of the dtype.
       rows: of `decay_rows`; or for a decay of every channel
       channels: of `_prepare_channels`, k that is written, P and the decays of chunks; then q and k are those that read.
     """
@@ -362,7 +366,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
         if rows is not None:
             scratch["rows_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
         elif channels is not None:
-            scratch["p_s"] = swizzled((turns, C, C), dtype)
+            scratch["p_s"] = swizzled((turns, C, C), jnp.float16)
     if follows:
         scratch |= {name: plgpu.Barrier(num_barriers=turns) for name in ("written", "followed")}
     elif wgs > 1:
@@ -391,6 +395,11 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
 
         def tokens(n):
             return pl.ds((first + n) * C, C)
+
+        def parts(x, split):
+            """x in the dtype, or as a sum of two numbers of it."""
+            high = x.astype(dtype)
+            return (high, (x - high.astype(F32)).astype(dtype)) if split else (high,)
 
         def fetch(n):
             at, slot = first + n, lax.rem(n, stages)
@@ -437,7 +446,8 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
                 scores = scores * (scale * beta_c)
             else:
                 scores = load(p_s.at[turn]).astype(F32) * beta_c
-            scores = scores.astype(dtype)
+            if not split:
+                scores = scores.astype(dtype)
             if follows:
                 plgpu.barrier_wait(written.at[turn])
                 go_on(fetch, n + stages - 1)  # the walk is past the chunk before this one
@@ -446,7 +456,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
                 o = o * scale
             if rows is not None:
                 o = o * by_row(product_before(of_row, ROWS), (C, C))
-            o = call.dot((scores, r_s.at[kept].T), init=o)
+            o = call.dot(*((x, r_s.at[kept].T) for x in parts(scores, split)), init=o)
             if follows:
                 plgpu.barrier_arrive(followed.at[turn])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -478,17 +488,20 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
                 if K > 2 * C:  # registers are short
                     plgpu.commit_smem()
                     low = h_s.at[kept]
+
+            def values():
+                plgpu.barrier_wait(full_v.at[of_values])
+                v_c = load(v_s.at[of_values].T).astype(F32)
+                return jnp.where(lax.broadcast(of_maps, v_c.shape), 0.0, v_c) if maps else v_c
+
             plgpu.barrier_wait(full.at[slot])
-            read = call.dot((low, k_c.T))
+            read, v_c = call.dot_while(low, k_c.T, values)
             if rows is not None:
                 read = read * by_column(product_before(of_column, COLS), (C, C))
                 state = state * product_total(of_column)
             elif channels is not None:
                 state = state * by_column(jnp.exp2(load(total_s.at[slot], COLS)), state.shape)
-            plgpu.barrier_wait(full_v.at[of_values])
-            v_c = load(v_s.at[of_values].T).astype(F32)
-            u = (jnp.where(lax.broadcast(of_maps, v_c.shape), 0.0, v_c) if maps else v_c) - read
-            r = call.dot((u.astype(dtype), inverse_s.at[slot].T))
+            r = call.dot(((v_c - read).astype(dtype), inverse_s.at[slot].T))
             if not maps:
                 r_s.at[kept][...] = r.astype(dtype)
             plgpu.commit_smem()
@@ -502,7 +515,8 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
             r = r * by_column(load(beta_s.at[slot], COLS), (C, C))
             if rows is not None:
                 r = r * by_column(product_after(of_column, COLS), (C, C))
-            state = call.dot((r.astype(dtype), k_c if channels is None else k_write_s.at[slot]), init=state)
+            k_write = k_c if channels is None else k_write_s.at[slot]
+            state = call.dot(*((x, k_write) for x in parts(r, channels is not None)), init=state)
             if not (maps or follows):
                 outputs(n, wg)
             if not follows:
@@ -978,7 +992,8 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
 
     Args:
       scale: multiplies q.
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded. With decays of channels scores come from
+        float16 numbers: q and k below 1e-5 lose digits there, and from 65504 on they are infinite.
       beta: [B, T, H, 1], float32.
       log_decay: None, [B, T, H, 1] or [B, T, H, K], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.
@@ -1000,7 +1015,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
     else:
         rows = decay_rows(log_decay, reset, q.shape[1], C)
         inverse = _inverses(call, beta, k=k, rows=rows)
-        walk = partial(_forward_walk, call, q, k, v, beta, inverse, rows=rows, scale=scale)
+        walk = partial(_forward_walk, call, q, k, v, beta, inverse, split=log_decay is None, rows=rows, scale=scale)
     B, H, K, V = state.shape
     states, maps = state[:, None], jnp.zeros((B, 0, H, K, K), F32)
     segments = _segments(B * H, V, q.shape[1] // C)

@@ -13,7 +13,10 @@ Decays of channels: P and A come from the binary tree of `pallas_kernels.tpu_cha
 Blocks of 8 tokens on the diagonal of A, side by side in one register, are inverted row by row. From there the inverse doubles
 its blocks: with X the inverse of the blocks of s tokens and A_s the part of A that joins two of them, X - X A_s X is that of
 the blocks of 2s. Two matrix products depend on one another at each of log2(C / 8) levels, so several heads go through every
-stage side by side, which hides their latency. In bfloat16 the left factor of those products is a sum of two bfloat16 numbers.
+stage side by side, which hides their latency.
+
+Where keys are similar, what tokens write alternates in sign and outputs are small sums of large numbers. So in bfloat16 A_s, X
+and T, and in the forward P and `written`, enter products as sums of two bfloat16 numbers.
 
 Backward: the same grid in reverse with the cotangents of the states in VMEM. A step makes A, T and `written` again from the
 entering state and then, from d_written = P^T do + (after * k) dh and d_u = T^T d_written,
@@ -26,10 +29,14 @@ but for pairs with the decay between them, so what meets the state enters as the
 its roundings.
 
 Per token and head, K = V = C = 128, bf16: forward 6 K V + C (6 K + 4 V) + 2 / 3 C^2 for an inverse that does no work twice =
-273k FLOPs on 1,032 bytes; the inverse as it is made takes 18 C^2.
+273k FLOPs on 1,032 bytes; the inverse as it is made takes 22 C^2, numbers of two parts
+elsewhere 6 C V + 2 K V more.
 """
 
 from __future__ import annotations
+
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +188,7 @@ class _Chunk:
         """What the tokens write into the state."""
         self.T = inverse.astype(self.q.dtype)
         self.u = self.v - self.decay.key_read
-        self.written = dot(self.T, (self.beta * self.u).astype(self.T.dtype), NN)
+        self.written = _product(_parts(inverse, self.T.dtype), [(self.beta * self.u).astype(self.T.dtype)])
         self.written_low = self.written.astype(self.T.dtype)
 
 
@@ -232,6 +239,10 @@ class _Shared(Shared):
     def query_scores(self):
         return self.unweighted * self.seen
 
+    def write(self, k, written):
+        """What leaves with the state."""
+        return _product(_parts(times(self.after, written), k.dtype), [k], TN)
+
     def pullback(self, scale, chunk: _Chunk, do, d_A, dv):
         """What the cotangents do written^T and beta d_A give queries, keys as what is written, and keys as what reads."""
         size, dtype = self.masks.size, chunk.q.dtype
@@ -250,19 +261,25 @@ class _Channels(Channels):
         reads = dot(jnp.concatenate([scaled(x, self.before) for x in (chunk.q, chunk.k)]), chunk.h, NT)
         self.query_read, self.key_read = reads[: masks.size], reads[masks.size :]
 
+    def write(self, k, written):
+        return _product(_parts(written, k.dtype), [scaled(k, self.after)], TN)
+
     def pullback(self, scale, chunk: _Chunk, do, d_A, dv):
         written, causal = chunk.written_low, self.masks.causal
         d_scores = scale * jnp.where(causal, dot(do, written, NT), dot(written, do, NT))
         return self.gradients(d_scores, -jnp.where(causal, dot(dv, written, NT), dot(written, dv, NT)))
 
 
-def _product(x, y, dtype):
-    """x y, of float32. In a bfloat16 kernel x is the sum of two bfloat16 numbers: rounding y alone keeps the inverse's errors
-    within those of its own rounding, rounding x would double them."""
-    if dtype == jnp.float32:
-        return dot(x, y, NN)
-    high, y = x.astype(dtype), y.astype(dtype)
-    return dot(high, y, NN) + dot((x - high).astype(dtype), y, NN)
+def _parts(x, dtype):
+    """Numbers of the dtype whose sum stands for float32 x in products: two of bfloat16."""
+    high = x.astype(dtype)
+    return (high,) if dtype == jnp.float32 else (high, (x - high).astype(dtype))
+
+
+def _product(x, y, contract=NN):
+    """x y, given by their `_parts`: the sum of the products of these, but for that of both small ones."""
+    pairs = [(x[0], part) for part in y] + [(part, y[0]) for part in x[1:]]
+    return reduce(add, (dot(x, y, contract) for x, y in pairs))
 
 
 def _inverses(lower: list, masks: Masks, dtype) -> list:
@@ -286,7 +303,8 @@ def _inverses_of_tiles(lower: list, masks: Masks, dtype) -> list:
     row, place = iota((TILE, size), 0), iota((TILE, size), 1) % TILE
     # Each column of a block on all lanes of the block: products with ones, for every head and row at once.
     columns = jnp.concatenate([jnp.where(place == r, tile, 0) for tile in packed for r in range(rows)])
-    columns = _product(columns, jnp.where(on_diagonal, jnp.float32(1), 0), dtype).reshape(-1, rows, TILE, size)
+    ones = jnp.where(on_diagonal, jnp.float32(1), 0).astype(dtype)
+    columns = _product(_parts(columns, dtype), [ones]).reshape(-1, rows, TILE, size)
     found = []
     for head in range(len(lower)):
         X = jnp.where(row == place, jnp.float32(1), 0)
@@ -305,7 +323,9 @@ def _doubled(lower: list, found: list, s: int, masks: Masks, dtype) -> list:
         return jnp.concatenate([x[right] for right in rights]) if len(rights) > 1 else x[rights[0]]
 
     level = of_rights(jnp.where(masks.at_level(s), 1, 0)) != 0
-    halves = [_product(jnp.where(level, of_rights(A), 0), X, dtype) for A, X in zip(lower, found, strict=True)]
+    halves = [
+        _product(_parts(jnp.where(level, of_rights(A), 0), dtype), _parts(X, dtype)) for A, X in zip(lower, found, strict=True)
+    ]
     zeros = jnp.zeros((s, size), jnp.float32)
 
     def spread(x):
@@ -314,7 +334,8 @@ def _doubled(lower: list, found: list, s: int, masks: Masks, dtype) -> list:
             parts += [zeros, x[m * s : (m + 1) * s]]
         return jnp.concatenate(parts)
 
-    changes = [_product(of_rights(X), spread(Y), dtype) for X, Y in zip(found, halves, strict=True)]
+    # Of X alone both parts: rounding it would double the inverse's errors.
+    changes = [_product(_parts(of_rights(X), dtype), [spread(Y).astype(dtype)]) for X, Y in zip(found, halves, strict=True)]
     return [X - spread(change) for X, change in zip(found, changes, strict=True)]
 
 
@@ -333,11 +354,11 @@ def _forward_step(o, final, carry, state, *, scale, n, saved=None, **refs):
     dtype = chunks[0].q.dtype
     for chunk, inverse in zip(chunks, _inverses([chunk.A for chunk in chunks], masks, dtype), strict=True):
         chunk.write(inverse)
-    inner = [dot(chunk.decay.query_scores.astype(dtype), chunk.written_low, NN) for chunk in chunks]
     for head, chunk in enumerate(chunks):
         width = chunk.v.shape[-1]
-        o[0, :, pl.ds(head * width, width)] = (scale * (inner[head] + chunk.decay.query_read)).astype(o.dtype)
-        carry[head] = times(chunk.decay.total, carry[head]) + dot(chunk.written_low, scaled(chunk.k, chunk.decay.after), TN)
+        inner = _product(_parts(chunk.decay.query_scores, dtype), _parts(chunk.written, dtype))
+        o[0, :, pl.ds(head * width, width)] = (scale * (inner + chunk.decay.query_read)).astype(o.dtype)
+        carry[head] = times(chunk.decay.total, carry[head]) + chunk.decay.write(chunk.k, chunk.written)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():

@@ -14,7 +14,7 @@ from pallas_kernels import aot
 from pallas_kernels import gpu as hopper
 from pallas_kernels.delta_rule import gpu
 from tests.pallas_kernels import interpreters, linear_attention
-from tests.pallas_kernels.delta_rule import KINDS, WHOLE, arrays, assert_close, reference
+from tests.pallas_kernels.delta_rule import KINDS, arrays, assert_close, reference
 from tests.pallas_kernels.linear_attention import assert_joins_in_float32, assert_rounded
 
 
@@ -36,6 +36,10 @@ def mild(inputs):
     return q, k, v, beta / 8, g
 
 
+# With beta up to 2 what tokens write is large and of changing sign. Without decay or with one of a head its rounding shows, and
+# products of two parts would cost their forwards more than they are ahead of what else there is (docs/kernels.md).
+REFLECTIONS = {"o": 0.0065, "final state": 0.0065}
+
 CASES = [
     # kind, T, H, K, V, resets, largest beta, value channels in blocks of their own
     ("scalar", 300, 1, 64, 128, True, 1.0, False),
@@ -55,6 +59,9 @@ MORE = [
     ("scalar", 500, 1, 128, 128, True, 1.0, False),
     ("vector", 260, 1, 128, 128, True, 1.0, True),
     ("vector", 1, 2, 64, 64, False, 1.0, False),
+    ("none", 300, 2, 64, 64, True, 1.0, False),
+    ("vector", 300, 1, 64, 256, True, 1.0, False),
+    ("scalar", 130, 1, 256, 64, False, 1.0, False),
 ]
 
 LARGE = [  # many heads, and segments of time
@@ -76,7 +83,8 @@ def test_values_gradients_and_no_races(case, monkeypatch):
         got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
-    assert_close(got, reference(inputs, reset, *rest), "bfloat16", most, **WHOLE)
+    others = REFLECTIONS if most > 1 and sizes[0] != "vector" else {}
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16", **others)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +167,10 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
 )
 # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-SPILLS = {"delta_rule_backward": 132, "delta_rule_channels_backward": 460}
+SPILLS = {"delta_rule_forward": 18, "delta_rule_backward": 132, "delta_rule_channels_backward": 460}
 SPILLS_OF_256 = {
-    "delta_rule_forward": 295, "delta_rule_backward_states": 215, "delta_rule_backward": 304, "delta_rule_channels_scores": 9,
-    "delta_rule_channels_forward": 410, "delta_rule_channels_backward_states": 128, "delta_rule_channels_backward": 608,
+    "delta_rule_forward": 335, "delta_rule_backward_states": 215, "delta_rule_backward": 304, "delta_rule_channels_scores": 27,
+    "delta_rule_channels_forward": 458, "delta_rule_channels_backward_states": 128, "delta_rule_channels_backward": 608,
 }  # fmt: skip
 
 
@@ -208,7 +216,8 @@ def test_on_the_device(case):
         reset = reset & (jnp.arange(reset.shape[1]) % 64 == 5)  # documents of a thousand tokens
     reset = reset if resets else None
     got = run(inputs, reset, *rest, interpret=False)
-    assert_close(got, reference(inputs, reset, *rest), "bfloat16", most, **WHOLE)
+    others = REFLECTIONS if most > 1 and sizes[0] != "vector" else {}
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16", **others)
     again = run(inputs, reset, *rest, interpret=False)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
