@@ -17,7 +17,7 @@ class Levels:
     """
 
     def __init__(self, call, dtype):
-        self.call, self.dtype = call, dtype  # that of queries and keys
+        self.call, self.dtype = call, dtype  # of what factors scale
         self.i, self.j = iota((C, C), 0), iota((C, C), 1)
         self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
 

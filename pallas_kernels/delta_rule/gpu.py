@@ -18,13 +18,14 @@ dbeta_j = k_j w_j. The kernels:
   A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s. Products skip the blocks of 16 tokens that are 0.
 - forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u, r
   and what is written, which enter the next product from there. Another one follows with the outputs where blocks are few. For
-  training it also writes h and r of every chunk.
+  training it also writes h and r of every chunk. But for one decay of every head P is a sum of two numbers in its product.
 - backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores come from
   another warpgroup.
 - backward: every chunk and 64 of its key channels on its own, for dq, dk, dbeta and the flow of the decays.
 
-With a decay of every channel `scores` comes first, every chunk on its own: P, S and q and k times their decays, level by level
-as in `pallas_kernels.linear_attention.gpu`; the walks then have the chunk's decays alone, and backward goes through the levels.
+With a decay of every channel `scores` comes first, every chunk on its own: P, S (float16 in the forward) and q and k times
+their decays, level by level as in `pallas_kernels.linear_attention.gpu`; the walks then have the chunk's decays alone, and
+backward goes through the levels.
 Where rows and heads are few, time is split into segments: maps (what each multiplies a state by) and what it adds, by walks of
 their own (`maps`, `forward`; in reverse `maps`, `backward_added`), give the states that enter them.
 """
@@ -202,7 +203,7 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
 
     Args:
       q, k: [B, T, H, K]; g, start: of `channels_of`.
-      keys: also return S.
+      keys: also return S. Factors, what they scale and P are float16 then, else of q's dtype.
 
     Returns:
       scale q and k times the decays up to each token; (k times those after it, the scores P [B, N, H, C, C], and the decays of
@@ -321,7 +322,8 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
       segments: or S, for only what each makes of a state, [B, S, H, V + K, K]: the state that leaves it, transposed, after none
         enters (the first after `states` of S = 1), and the matrix that multiplies one that does. What `_entering` does not
         read is not made.
-      split: the scores enter their product with r as sums of two numbers of the dtype.
+      split: the scores enter their product with r as sums of two numbers of the dtype; with `channels`, what is written enters
+        the state so, too.
       rows: of `decay_rows`; or for a decay of every channel
       channels: of `_prepare_channels`, k that is written, P and the decays of chunks; then q and k are those that read.
     """
@@ -993,7 +995,8 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
     Args:
       scale: multiplies q.
       q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded. With decays of channels scores come from
-        float16 numbers: q and k below 1e-5 lose digits there, and from 65504 on they are infinite.
+        float16 numbers and are such themselves: below 2e-5 q, k, scale q k and k k lose digits, and from 65504 on they are
+        infinite, or NaN.
       beta: [B, T, H, 1], float32.
       log_decay: None, [B, T, H, 1] or [B, T, H, K], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.

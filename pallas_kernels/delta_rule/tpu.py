@@ -16,7 +16,7 @@ the blocks of 2s. Two matrix products depend on one another at each of log2(C / 
 stage side by side, which hides their latency.
 
 Where keys are similar, what tokens write alternates in sign and outputs are small sums of large numbers. So in bfloat16 A_s, X
-and T, and in the forward P and `written`, enter products as sums of two bfloat16 numbers.
+and the T of `written`, and in the forward P and `written`, enter products as sums of two bfloat16 numbers.
 
 Backward: the same grid in reverse with the cotangents of the states in VMEM. A step makes A, T and `written` again from the
 entering state and then, from d_written = P^T do + (after * k) dh and d_u = T^T d_written,
@@ -29,8 +29,8 @@ but for pairs with the decay between them, so what meets the state enters as the
 its roundings.
 
 Per token and head, K = V = C = 128, bf16: forward 6 K V + C (6 K + 4 V) + 2 / 3 C^2 for an inverse that does no work twice =
-273k FLOPs on 1,032 bytes; the inverse as it is made takes 22 C^2, numbers of two parts
-elsewhere 6 C V + 2 K V more.
+273k FLOPs on 1,032 bytes; the inverse as it is made takes 22 C^2, numbers of
+two parts elsewhere 6 C V + 2 K V more.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ TOLERANCES = {
     "bfloat16": linear_attention.TOLERANCES["bfloat16"] | {"dbeta": 0.02},
 }
 
+
 def arrays(kind, T, H, K, V, *, B=2, dtype="float32", seed=0, most=1.0):
     """As for linear attention, with keys of length 1 and beta from 0 to `most`."""
     (q, k, v, g), *rest = linear_attention.arrays(kind, T, H, K, V, B=B, dtype=dtype, seed=seed)

@@ -37,7 +37,8 @@ def mild(inputs):
 
 
 # With beta up to 2 what tokens write is large and of changing sign. Without decay or with one of a head its rounding shows, and
-# products of two parts would cost their forwards more than they are ahead of what else there is (docs/kernels.md).
+# products of two parts would cost their forwards more than they are ahead of what else there is (docs/kernels.md). With decays
+# of channels outputs stay within 0.005; states do in the one case here, others have up to 0.0056.
 REFLECTIONS = {"o": 0.0065, "final state": 0.0065}
 
 CASES = [
