@@ -448,7 +448,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
                 scores = scores * (scale * beta_c)
             else:
                 scores = load(p_s.at[turn]).astype(F32) * beta_c
-            if not split:
+            if not split:  # fewer registers during the wait
                 scores = scores.astype(dtype)
             if follows:
                 plgpu.barrier_wait(written.at[turn])
