@@ -71,7 +71,5 @@ def hopper(interpret: bool, mesh: dict[str, int] | None = None) -> Iterator[None
 
 
 def let_gpus_differ(patch: pytest.MonkeyPatch) -> None:
-    """The first of several GPUs to end a kernel would find the barriers of the others, which its interpreter takes for its
-    own. Kernels with several threads a block may still wait for ever: XLA runs those on the threads that its devices hold.
-    """
+    """The first of several GPUs to end a kernel would find the others' barriers, which its interpreter takes for its own."""
     patch.setattr(GPUSharedMemory, "assert_no_barriers_allocated", lambda self: None)

@@ -118,13 +118,20 @@ def test_later_tokens_change_no_earlier_bit(kind, interpret):
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
 
-# Split over a mesh by the interpreter it would wait for ever (`interpreters.let_gpus_differ`): where there are several GPUs,
-# they split it.
-@interpreters.INTERPRETER_AND_GPU
-def test_the_op_calls_the_kernel(interpret, monkeypatch):
-    H = 2 if interpret else 4
-    (q, k, v, beta, g), *_ = arrays("scalar", 150, H, 64, 64, B=2, dtype="bfloat16")
-    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, 150)), axis=1))
+@pytest.mark.parametrize(
+    ("T", "H", "mesh", "interpret"),
+    [
+        (150, 2, None, True),
+        pytest.param(70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
+        pytest.param(150, 4, None, False, marks=pytest.mark.gpu),
+    ],
+    ids=["one device", "split rows and heads", "device"],
+)
+def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
+    if mesh:
+        interpreters.let_gpus_differ(monkeypatch)
+    (q, k, v, beta, g), *_ = arrays("scalar", T, H, 64, 64, B=2, dtype="bfloat16")
+    ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, T)), axis=1))
     calls = []
     forward = gpu.forward
     monkeypatch.setattr(gpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
@@ -138,12 +145,18 @@ def test_the_op_calls_the_kernel(interpret, monkeypatch):
         return *out, *gradients
 
     expected = loss("recurrent")
-    with interpreters.hopper(interpret):
-        assert choose("delta_rule", "auto", T=150, dtype=jnp.bfloat16).form == "kernel"
+    if mesh:
+        with interpreters.hopper(interpret):
+            alone = loss("auto")
+        calls.clear()
+    with interpreters.hopper(interpret, mesh):
+        assert choose("delta_rule", "auto", T=T, dtype=jnp.bfloat16).form == "kernel"
         got = loss("auto")
-    devices = 1 if interpret else jax.device_count()
+    if mesh:
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), got, alone)
+    devices = 8 if mesh else 1 if interpret else jax.device_count()
     assert len(calls) == 1
-    assert calls[0][1::2] == (150, 64)
+    assert calls[0][1::2] == (T, 64)
     assert calls[0][0] * calls[0][2] * devices == 2 * H
     for x, y in zip(got, expected, strict=True):
         x, y = (np.asarray(x, np.float64) for x in (x, y))

@@ -132,15 +132,21 @@ def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
         return *out, *gradients
 
     expected = loss("recurrent")
+    if mesh:
+        with interpreters.hopper(interpret):
+            alone = loss("auto")
+        calls.clear()
     with interpreters.hopper(interpret, mesh):
         got = loss("auto")
     devices = 8 if mesh else 1 if interpret else jax.device_count()
     assert len(calls) == 1
     assert calls[0][1::2] == (T, 64)
     assert calls[0][0] * calls[0][2] * devices == 2 * H
-    for x, y in zip(got, expected, strict=True):
-        x, y = (np.asarray(x, np.float64) for x in (x, y))
-        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.01
+    # Sums of decays that XLA makes can differ in their last digit, and with them that of bfloat16 numbers.
+    for bound, others in ((0.01, expected), *([(0.001, alone)] if mesh else [])):
+        for x, y in zip(got, others, strict=True):
+            x, y = (np.asarray(x, np.float64) for x in (x, y))
+            assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < bound
 
 
 @pytest.mark.parametrize("kind", ["scalar", "vector", pytest.param("none", marks=pytest.mark.slow)])
