@@ -53,9 +53,9 @@ def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str |
     return None
 
 
-def swizzled(shape, dtype):
-    """Shared memory that the copy engine and wgmma read: tiles of 8 rows, swizzled."""
-    swizzle = plgpu.find_swizzle(shape[-1] * jnp.dtype(dtype).itemsize * 8)
+def swizzled(shape, dtype, columns=None):
+    """Shared memory that the copy engine and wgmma read: tiles of 8 rows, swizzled as a memory of so many columns would be."""
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * jnp.dtype(dtype).itemsize * 8)
     transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -779,88 +779,187 @@ def _products(do_s, dv_s, r_s, h_s, dh_s):
 
 
 def _gradients(call, q, k, do, beta, rows, h, r, dv, dh, *, scale):
-    """Gradients of every chunk, by 64 of its key channels.
+    """Gradients of every chunk.
+
+    Blocks, as many as the chip holds, go through the chunks with the copies of the next one under way. Their two warpgroups
+    have 64 of the key channels each (32 where K is 64); one makes the cotangents of the queries' scores, the other one the
+    keys'.
 
     Args:
       q, k: [B, T, H, K]; do, dv: [B, T, H, V]; beta: [B, H, N, C]; rows: of `decay_rows`.
       h, dh: [B, N, H, V, K], the states that enter and the cotangents of those that leave; r: [B, N, H, V, C].
 
     Returns:
-      dq, dk; numbers [B, H, N, K / C, C] whose sums are dbeta; with rows also, likewise, the flow of the decays, and numbers
+      dq, dk; numbers [B, H, N, parts, C] whose sums are dbeta; with rows also, likewise, the flow of the decays, and numbers
       whose sum is what the leaving state and its cotangent have in common.
     """
     B, T, H, K = q.shape
     V = do.shape[-1]
-    N, tiles = T // C, K // C
+    N, tiles, wgs = T // C, V // C, 2
+    width = min(C, K // wgs)  # key channels of a warpgroup
+    slots = 2 * C // width  # of 64 value channels, as many as memory holds
+    groups = K // width // wgs
+    items = B * H * N * groups
+    blocks = min(items, gpu.SMS)
     dtype = q.dtype
     names = ("dbeta_s", "flow_s", "common_s")[: 1 if rows is None else 3]
-    scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(5, V, dtype)
-    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_s", *names)}
-    scratch["ready"] = plgpu.Barrier(num_arrivals=3 if rows is None else 5)
+    memory = partial(swizzled, dtype=dtype, columns=width)  # operands of a product are swizzled alike
+    # Of one index each, and none that is a number: products cannot take those.
+    scratch = {name: memory((2 * wgs, C, width)) for name in ("q_s", "k_s")}
+    scratch |= {name: memory((slots * wgs, C, width)) for name in ("h_s", "dh_s")}
+    scratch |= {
+        "do_s": memory((slots * 2, C, C)), "r_s": memory((slots, C, C)),  # do_s: of do and dv
+        "kb_s": memory((wgs, C, width)), "pairs_s": memory((C, C)), "key_pairs_s": memory((C, C)),
+        "beta_s": plgpu.SMEM((2 * wgs, C), F32),
+        "values": plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+        "states": plgpu.Barrier(num_arrivals=2, num_barriers=slots * wgs),
+        "tokens": plgpu.Barrier(num_arrivals=3 if rows is None else 5, num_barriers=2 * wgs),
+        "read": plgpu.Barrier(num_arrivals=wgs, num_barriers=slots),
+        "made": plgpu.Barrier(num_arrivals=wgs), "used": plgpu.Barrier(num_arrivals=wgs),
+    }  # fmt: skip
+    scratch |= {name: plgpu.SMEM((wgs, C), F32) for name in names}
     operands = [q, k, do, dv, beta, h, r, dh]
     shape = jax.ShapeDtypeStruct
-    out_type = [shape(x.shape, dtype) for x in (q, k)] + [shape((B, H, N, tiles, C), F32)] * len(names)
+    out_type = [shape(x.shape, dtype) for x in (q, k)] + [shape((B, H, N, K // width, C), F32)] * len(names)
     if rows is not None:
         operands.append(rows)
-        scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
+        scratch |= {name: plgpu.SMEM((2 * wgs, rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
 
-    def body(q_ref, k_ref, do_ref, dv_ref, beta_ref, h_ref, r_ref, dh_ref, *refs, q_s, k_s, tiles_s, beta_s, dbeta_s, full,
-             ready, flow_s=None, common_s=None, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, do_ref, dv_ref, beta_ref, h_ref, r_ref, dh_ref, *refs, q_s, k_s, do_s, r_s, h_s, dh_s, kb_s, pairs_s,
+             key_pairs_s, beta_s, dbeta_s, values, states, tokens, read, made, used, flow_s=None,
+             common_s=None, rows_s=None, columns_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         dq_ref, dk_ref, *refs = refs
-        hd, part = lax.div(lax.axis_index("h"), tiles), lax.rem(lax.axis_index("h"), tiles)
-        n, b = lax.axis_index("n"), lax.axis_index("b")
-        tokens, keys = pl.ds(n * C, C), pl.ds(part * C, C)
+        wg, first = lax.axis_index("wg"), lax.axis_index("i")
+        count = lax.div(items - 1 - first, blocks) + 1
 
-        def fetch():
+        def split(i, size):
+            return (i, 0) if size == 1 else (lax.div(i, size), lax.rem(i, size))
+
+        def place(turn):
+            i, group = split(first + turn * blocks, groups)
+            i, hd = split(i, H)
+            b, n = split(i, N)
+            return b, n, hd, group * wgs + wg
+
+        def fetch_tokens(turn):
+            b, n, hd, part = place(turn)
+            mine = lax.rem(turn, 2) * wgs + wg
+            bar = tokens.at[mine]
             for ref, to in ((q_ref, q_s), (k_ref, k_s)):
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, ready)
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], beta_s, ready)
+                plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(n * C, C), hd, pl.ds(part * width, width)], to.at[mine], bar)
+            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], beta_s.at[mine], bar)
             if rows is not None:
                 for to in (rows_s, columns_s):
-                    plgpu.copy_gmem_to_smem(rows_ref.at[b, hd if rows.shape[1] > 1 else 0, n], to, ready)
+                    plgpu.copy_gmem_to_smem(rows_ref.at[b, hd if rows.shape[1] > 1 else 0, n], to.at[mine], bar)
 
-        refs_of_tokens = [ref.at[b, tokens, hd] for ref in (do_ref, dv_ref)]
-        refs_of_values = [r_ref.at[b, n, hd], *(ref.at[b, n, hd, pl.ds(0, V), keys] for ref in (h_ref, dh_ref))]
-        common = None if rows is None else lambda h, dh: jnp.sum(h * dh, axis=1)
-        [pairs, key_pairs, dq, dk_read, d_written], shared = over_values(
-            call, V, refs_of_tokens, refs_of_values, tiles_s, full, _products, common, fetch
-        )
-        plgpu.barrier_wait(ready)
-        kb_s, pairs_s, key_pairs_s, *_ = tiles_s[0]  # which are free now
-        weights = weights_between((C, C), rows_s, columns_s, 0, 0)
-        beta_rows = by_row(load(beta_s, ROWS), (C, C))
-        k_c = load(k_s).astype(F32)
-        kb = (k_c * beta_rows).astype(dtype)  # keys as they are written
-        kb_s[...] = kb
-        kb = kb.astype(F32)
-        pairs_s[...] = (pairs * weights * scale).astype(dtype)
-        key_pairs_s[...] = (key_pairs * -jnp.where(iota((C, C), 0) > iota((C, C), 1), weights, 0.0)).astype(dtype)
-        plgpu.commit_smem()
-        before = 1.0 if rows is None else by_row(product_before(rows_s, ROWS), (C, C))
-        dq = call.dot((pairs_s, kb_s), init=dq * (before * scale))
-        if rows is not None:
-            d_written = d_written * by_row(product_after(rows_s, ROWS), (C, C))
-            common_s[...] = jnp.sum(d_written * kb, axis=1) + product_total(columns_s) * shared
-            flow = jnp.sum(dq * load(q_s).astype(F32), axis=1)
-        d_written = call.dot((pairs_s.T, q_s), (key_pairs_s.T, k_s), init=d_written)
-        dk_read = call.dot((key_pairs_s, kb_s), init=dk_read * -before)
-        dbeta_s[...] = jnp.sum(d_written * k_c, axis=1)
-        if rows is not None:
-            # Of the products as they were rounded: what cancels has to be the same numbers.
-            flow_s[...] = flow + jnp.sum(dk_read * k_c - d_written * kb, axis=1)
-        q_s[...] = dq.astype(dtype)
-        k_s[...] = (dk_read + d_written * beta_rows).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, keys])
-        plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, keys])
-        for ref, x in zip(refs, (dbeta_s, flow_s, common_s), strict=False):
-            plgpu.copy_smem_to_gmem(x, ref.at[b, hd, n, part])
+        def fetch_states(step):
+            turn, tile = split(step, tiles)
+            b, n, hd, part = place(turn)
+            mine = lax.rem(step, slots) * wgs + wg
+            for ref, to in ((h_ref, h_s), (dh_ref, dh_s)):
+                source = ref.at[b, n, hd, pl.ds(tile * C, C), pl.ds(part * width, width)]
+                plgpu.copy_gmem_to_smem(source, to.at[mine], states.at[mine])
+
+        def fetch_values(step):
+            turn, tile = split(step, tiles)
+            b, n, hd, _ = place(turn)
+            slot, of_tile = lax.rem(step, slots), pl.ds(tile * C, C)
+            for which, ref in enumerate((do_ref, dv_ref)):
+                plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(n * C, C), hd, of_tile], do_s.at[slot * 2 + which], values.at[slot])
+            plgpu.copy_gmem_to_smem(r_ref.at[b, n, hd, of_tile], r_s.at[slot], values.at[slot])
+
+        def sums_of(step, sums, shared):
+            slot = lax.rem(step, slots)
+            mine = slot * wgs + wg
+            plgpu.barrier_wait(states.at[mine])
+            h_c, dh_c, r_c, do_c, dv_c = h_s.at[mine], dh_s.at[mine], r_s.at[slot], do_s.at[slot * 2], do_s.at[slot * 2 + 1]
+            if rows is not None:
+                shared += jnp.sum(load(h_c).astype(F32) * load(dh_c).astype(F32), axis=1)
+            plgpu.barrier_wait(values.at[slot])
+            sums = call.dots(sums, (do_s.at[slot * 2 + wg], r_c), (do_c, h_c), (dv_c, h_c), (r_c.T, dh_c))
+            plgpu.commit_smem()  # the tiles have been read before the copy engine fills them again
+            ahead = step + slots
+
+            @pl.when(ahead < count * tiles)
+            def _():
+                fetch_states(ahead)
+                plgpu.barrier_arrive(read.at[slot])
+
+                @pl.when(wg == 0)
+                def _():
+                    plgpu.barrier_wait(read.at[slot])
+                    fetch_values(ahead)
+
+            return sums, shared
+
+        def turn(t, _):
+            b, n, hd, part = place(t)
+            mine = lax.rem(t, 2) * wgs + wg
+            zeros = [plgpu.layout_cast(jnp.zeros((C, n), F32), WGMMA) for n in (C, width, width, width)]
+            shared = None if rows is None else plgpu.layout_cast(jnp.zeros((C,), F32), ROWS)
+            # A loop where one or two turns could do without: those spill registers.
+            carried = lax.fori_loop(0, tiles, lambda j, carried: sums_of(t * tiles + j, *carried), (zeros, shared))
+            (scores, dq, dk_read, d_written), shared = carried
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.when(t + 1 < count)(lambda: fetch_tokens(t + 1))
+            plgpu.barrier_wait(tokens.at[mine])
+            q_c, k_c, kb_c = q_s.at[mine], k_s.at[mine], kb_s.at[wg]
+            of_row, of_column = (None, None) if rows is None else (rows_s.at[mine], columns_s.at[mine])
+            beta_c = beta_s.at[mine]
+            weights = weights_between((C, C), of_row, of_column, 0, 0)
+            i, j = iota((C, C), 0), iota((C, C), 1)
+            weights = jnp.where(i >= j + wg, weights, 0.0) * jnp.where(wg == 0, scale, -1.0)
+            scores = (scores * weights).astype(dtype)
+            pl.when(t > 0)(lambda: plgpu.barrier_wait(used))
+            for which, to in enumerate((pairs_s, key_pairs_s)):
+
+                @pl.when(wg == which)
+                def _(to=to):
+                    to[...] = scores
+
+            # Keys as they are written.
+            kb_c[...] = (load(k_c).astype(F32) * by_row(load(beta_c, ROWS), (C, width))).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(made)
+            plgpu.barrier_wait(made)
+            # What is read twice is loaded twice: the sums leave few registers.
+            if rows is not None:
+                d_written = d_written * by_row(product_after(of_row, ROWS), (C, width))
+                common = jnp.sum(d_written * load(kb_c).astype(F32), axis=1)
+                common_s.at[wg][...] = common + product_total(of_column) * shared
+            d_written = call.dot((pairs_s.T, q_c), (key_pairs_s.T, k_c), init=d_written)
+            before = 1.0 if rows is None else by_row(product_before(of_row, ROWS), (C, width))
+            dq = call.dot((pairs_s, kb_c), init=dq * (before * scale))
+            flow = None if rows is None else jnp.sum(dq * load(q_c).astype(F32), axis=1)
+            q_c[...] = dq.astype(dtype)
+            dk_read = call.dot((key_pairs_s, kb_c), init=dk_read * -before)
+            pl.when(t + 1 < count)(lambda: plgpu.barrier_arrive(used))
+            keys = load(k_c).astype(F32)
+            dbeta_s.at[wg][...] = jnp.sum(d_written * keys, axis=1)
+            if rows is not None:
+                # Of the products as they were rounded: what cancels has to be the same numbers.
+                flow_s.at[wg][...] = flow + jnp.sum(dk_read * keys - d_written * load(kb_c).astype(F32), axis=1)
+            k_c[...] = (dk_read + d_written * by_row(load(beta_c, ROWS), (C, width))).astype(dtype)
+            plgpu.commit_smem()
+            for x, ref in ((q_c, dq_ref), (k_c, dk_ref)):
+                plgpu.copy_smem_to_gmem(x, ref.at[b, pl.ds(n * C, C), hd, pl.ds(part * width, width)])
+            for ref, x in zip(refs, (dbeta_s, flow_s, common_s), strict=False):
+                plgpu.copy_smem_to_gmem(x.at[wg], ref.at[b, hd, n, part])
+
+        fetch_tokens(jnp.int32(0))
+        for step in range(slots):
+
+            @pl.when(step < count * tiles)
+            def _(step=step):
+                fetch_states(jnp.int32(step))
+                pl.when(wg == 0)(lambda: fetch_values(jnp.int32(step)))
+
+        lax.fori_loop(0, count, turn, None)
         plgpu.wait_smem_to_gmem(0)
 
-    grid = {"h": H * tiles, "n": N, "b": B}
-    return call(body, "delta_rule_backward", grid, operands, out_type, scratch, 1)
+    return call(body, "delta_rule_backward", {"i": blocks}, operands, out_type, scratch, wgs)
 
 
 def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):

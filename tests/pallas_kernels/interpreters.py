@@ -2,12 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as tpu
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as gpu
-from jax._src.pallas.mosaic_gpu.interpret.shared_memory import GPUSharedMemory
+from jax._src.pallas.mosaic_gpu.interpret.shared_memory import IDX_BY_GPU_MEMORY_SPACE, GPUSharedMemory, HostAllocationKey
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
@@ -24,8 +25,38 @@ GPU = plgpu.InterpretGPUParams(detect_races=True)
 ON_GPU = pytest.param(False, marks=pytest.mark.gpu, id="device")
 INTERPRETER_AND_GPU = pytest.mark.parametrize("interpret", [pytest.param(True, id="interpreter"), ON_GPU])
 
+SMEM = IDX_BY_GPU_MEMORY_SPACE[plgpu.SMEM]
+
 # Where an interpreter makes what it knows of races, anew for every kernel.
 _STATES = ((tpu, "RaceDetectionState"), (gpu, "GPURaceDetectionState"))
+
+
+def _checked(wgmma):
+    """The interpreter looks for no races of what products read on a Hopper GPU. They read shared memory as the copy engine
+    does, so that stores have to be committed; what was read is free once the product is there."""
+
+    @gpu.fail_on_exception
+    def product(**named):
+        memory, races = gpu._get_shared_memory(), gpu.get_races()
+        if memory.detect_races:
+            clock = memory.incr_clock(named["thread"])
+            for operand in "ab":
+                key = HostAllocationKey.from_array(named[f"{operand}_allocation_key_as_array"])
+                transforms = jax.tree.map(int, gpu._remove_noop_transforms(named[f"{operand}_transforms"]))
+                read = partial(
+                    races.check_read, named["thread"], buffer_key=key, rnge=memory.access(key, transforms),
+                    source_info=named["source_info"],
+                )  # fmt: skip
+                read(clock.generic_clock.copy())
+                if key.memory_space_id == SMEM:
+                    seen = clock.async_smem_clock.copy()
+                    seen.inc(memory.get_next_tma_thread_id())  # else a thread's own stores would always be in order
+                    read(seen)
+                    with races.lock:  # of what is not waited for later stores would be races
+                        races.reads[key] = [other for other in races.reads[key] if other[1] is not seen]
+        return wgmma(**named)
+
+    return product
 
 
 @contextlib.contextmanager
@@ -46,6 +77,7 @@ def no_races(kernels: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in _STATES:
             patch.setattr(module, name, remembered(getattr(module, name)))
+        patch.setattr(gpu, "wgmma", _checked(gpu.wgmma))
         try:
             yield
         finally:  # after an error the next kernel would find this one's memory
