@@ -155,17 +155,15 @@ def rwkv7(**changes):
 
 
 def build(settings, seed=0):
-    """A model whose parameters are far enough from their small initial values to make differences visible."""
+    """A model whose parameters are far enough from their small initial values to make differences visible.
+
+    Op by op: models have most shapes in common, and what has been compiled for one is there for the next.
+    """
     infos = params_lib.describe(abstract_model(settings))
-
-    @jax.jit
-    def make():
-        keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
-        _, tree = params_lib.split(LanguageModel(settings, rngs=nnx.Rngs(seed)))
-        noisy = lambda i, x: x if i.role in ("constant", "norm") else x + 0.1 * jax.random.normal(next(keys), i.shape)  # noqa: E731
-        return params_lib.map_info(noisy, infos, tree)
-
-    return nnx.merge(nnx.split(abstract_model(settings))[0], make())
+    keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
+    _, tree = params_lib.split(LanguageModel(settings, rngs=nnx.Rngs(seed)))
+    noisy = lambda i, x: x if i.role in ("constant", "norm") else x + 0.1 * jax.random.normal(next(keys), i.shape)  # noqa: E731
+    return nnx.merge(nnx.split(abstract_model(settings))[0], params_lib.map_info(noisy, infos, tree))
 
 
 def tokens(length, batch=2, seed=0):
@@ -323,24 +321,39 @@ def test_prefill_stops_early_for_all_tokens_but_the_last(monkeypatch):
 
 
 def test_stacked_blocks_equal_blocks_called_one_by_one():
-    model = build(hybrid(depth=8))
+    """Two periods and what is left over."""
+    mixers = {name: MIXERS[case] for name, case in {"gla": "gla-convolution", "swa": "attention-window"}.items()}
+    model = build(
+        ModelSettings(vocab_size=VOCAB, width=32, depth=5, pattern=("gla", "swa"), mixers=mixers, ffn=SwiGLUSettings(hidden=48))
+    )
     x = tokens(11)
     h = model.embedding(x, jnp.float32)
     graphdef, stacked = params_lib.split(model.stages[0])
     periods = [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(2)]
+    call_block = jax.jit(lambda block, h: block(h, None, None, {})[0])
     for block in [block for period in periods for block in period.blocks] + list(model.stages[1].blocks):
-        h, *_ = block(h, None, None, {})
+        h = call_block(block, h)
     np.testing.assert_allclose(model.norm(h) @ model.readout_kernel(), call(model, x)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_remat_changes_no_gradient(remat):
-    def gradient(settings):
-        model = build(settings)
-        graphdef, tree = params_lib.split(model)
-        return jax.jit(jax.grad(lambda t: jnp.mean(nnx.merge(graphdef, t)(tokens(11))[0] ** 2)))(tree)
+    """Of scanned blocks and of one that stands alone."""
+    mixers = {"gla": MIXERS["gla-convolution"], "swa": MIXERS["attention-window"]}
+    settings = ModelSettings(
+        vocab_size=VOCAB, width=32, depth=3, pattern=None, stages=[{"pattern": ["gla"], "repeat": 2}, {"pattern": ["swa"]}],
+        mixers=mixers, ffn=SwiGLUSettings(hidden=48),
+    )  # fmt: skip
+    _, tree = params_lib.split(build(settings))
 
-    plain, again = gradient(hybrid()), gradient(hybrid(remat=remat))
+    def gradient(remat):
+        graphdef, _ = nnx.split(abstract_model(settings.model_copy(update={"remat": remat})))
+        traced = jax.jit(jax.grad(lambda t: jnp.mean(nnx.merge(graphdef, t)(tokens(11))[0] ** 2))).trace(tree)
+        return traced.lower().compile()(tree), str(traced.jaxpr).count("remat")
+
+    (plain, none), (again, recomputed) = gradient("none"), gradient(remat)
+    assert none == 0
+    assert recomputed > 0
     rms = lambda x: float(jnp.sqrt(jnp.mean(x**2)))  # noqa: E731
     ratios = jax.tree.leaves(jax.tree.map(lambda a, b: rms(a - b) / rms(a) if rms(a) else rms(b), plain, again))
     assert max(ratios) < 1e-4
@@ -386,10 +399,10 @@ def test_flops_convention():
 
 
 def test_compute_dtype_is_that_of_activations_only():
-    model = LanguageModel(hybrid(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    hidden, _ = model.hidden(tokens(8))
+    model = abstract_model(hybrid(), jnp.bfloat16)
+    hidden, _ = jax.eval_shape(lambda model, x: model.hidden(x), model, tokens(8))
     assert hidden.dtype == jnp.bfloat16
-    assert model(tokens(8))[0].dtype == jnp.float32
+    assert jax.eval_shape(lambda model, x: model(x), model, tokens(8))[0].dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(params_lib.split(model)[1])} == {jnp.dtype(jnp.float32)}
 
 
