@@ -97,7 +97,7 @@ def generate_tokens(
     settings.check()
     _check_prompts(prompts, vocab_size, model.settings.vocab_size)
     graphdef, params = split(model)
-    prefill, decode = _compiled(graphdef, settings, vocab_size)
+    prefill, decode = _compiled(graphdef, settings.temperature, settings.top_k, settings.top_p, vocab_size)
 
     # Prompts are padded on the left with a document of their own, whose state the reset before the prompt drops; so all
     # rows end, and continue, at the same column.
@@ -123,11 +123,9 @@ def generate_tokens(
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(graphdef: nnx.GraphDef, settings: SamplingSettings, vocab_size: int):
+def _compiled(graphdef: nnx.GraphDef, temperature: float, top_k: int | None, top_p: float | None, vocab_size: int):
     """The jitted prefill and decode steps; kept, so that a second call compiles nothing."""
-    draw = functools.partial(
-        sample, valid=vocab_size, temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
-    )
+    draw = functools.partial(sample, valid=vocab_size, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def pick(logits: Array, keys: Array, position: Array):
         return draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, position))

@@ -60,7 +60,7 @@ def test_ragged_prompts_continue_as_each_alone(model, temperature):
     together = tokens_of(model, PROMPTS, temperature=temperature)
     # A row's randomness follows its place in the batch, so each prompt is put there among copies of itself.
     for row, prompt in enumerate(PROMPTS):
-        alone = tokens_of(model, [prompt] * (row + 1), temperature=temperature)[row]
+        alone = tokens_of(model, [prompt] * len(PROMPTS), temperature=temperature)[row]
         np.testing.assert_array_equal(together[row], alone)
     assert len({tuple(row) for row in together}) == len(PROMPTS)
 
@@ -81,8 +81,12 @@ def test_the_seed_decides(model):
 def test_decode_is_compiled_once(model):
     settings = SamplingSettings(max_tokens=30, temperature=0.7, seed=11)
     list(generate_tokens(model, PROMPTS[:1], settings, vocab_size=257))
-    _, decode = generate_lib._compiled(generate_lib.split(model)[0], settings, 257)
+    _, decode = generate_lib._compiled(generate_lib.split(model)[0], 0.7, None, None, 257)
     assert decode._cache_size() == 1
+    # Another seed draws with the same programs.
+    list(generate_tokens(model, PROMPTS[:1], settings.model_copy(update={"seed": 12}), vocab_size=257))
+    assert decode._cache_size() == 1
+    assert generate_lib._compiled(generate_lib.split(model)[0], 0.7, None, None, 257)[1] is decode
 
 
 def test_pieces_join_to_the_text(model):
