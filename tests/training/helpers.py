@@ -16,7 +16,7 @@ def write_corpus(directory, documents=60):
 
 
 def tiny_config(tmp_path, **sections) -> RunConfig:
-    """A hybrid of 3 blocks on a few kilobytes of generated text; keyword arguments update a section."""
+    """A hybrid of 2 blocks on a few kilobytes of generated text; keyword arguments update a section."""
     corpus = tmp_path / "corpus"
     if not corpus.exists():
         write_corpus(corpus)
@@ -24,7 +24,7 @@ def tiny_config(tmp_path, **sections) -> RunConfig:
         "name": "tiny",
         "run_directory": str(tmp_path / "run"),
         "model": {
-            "width": 32, "depth": 3, "pattern": ["gla", "attention"],
+            "width": 32, "depth": 2, "pattern": ["gla", "attention"],
             "mixers": {
                 "gla": {"kind": "gla", "heads": 2, "convolution": 4, "chunk_size": 16},
                 "attention": {"kind": "attention", "heads": 4, "kv_heads": 2},

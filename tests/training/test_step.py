@@ -29,10 +29,26 @@ def run_steps(config, devices, steps=5):
     return history, state
 
 
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    """A run that several tests compare with."""
+    return run_steps(tiny_config(tmp_path_factory.mktemp("one")), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def clipped(tmp_path_factory):
+    """The first step of a run whose gradients are clipped, with a z-loss."""
+    config = tiny_config(tmp_path_factory.mktemp("clipped"), optimizer={"clip": 0.01}, train={"z_loss": 0.1})
+    [first], state = run_steps(config, jax.devices()[:1], steps=1)
+    return first, state
+
+
 @pytest.mark.parametrize("kind", ["adamw", pytest.param("lion", marks=pytest.mark.slow), "muon"])
-def test_eight_devices_equal_one(tmp_path, kind):
-    optimizer = {"kind": kind, "learning_rate": 3e-3 if kind == "adamw" else 1e-3}
-    one, state_one = run_steps(tiny_config(tmp_path, optimizer=optimizer), jax.devices()[:1])
+def test_eight_devices_equal_one(tmp_path, kind, one_device):
+    optimizer = {} if kind == "adamw" else {"kind": kind, "learning_rate": 1e-3}
+    one, state_one = one_device
+    if optimizer:
+        one, state_one = run_steps(tiny_config(tmp_path, optimizer=optimizer), jax.devices()[:1])
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     many, state_many = run_steps(tiny_config(tmp_path, optimizer=optimizer, mesh=mesh), jax.devices()[:8])
     for a, b in zip(one, many, strict=True):
@@ -46,9 +62,9 @@ def test_eight_devices_equal_one(tmp_path, kind):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state_one.params, state_many.params)
 
 
-def test_a_split_sequence_trains_alike(tmp_path):
+def test_a_split_sequence_trains_alike(tmp_path, one_device):
     """A hybrid whose rows are packed: documents end anywhere in the shards."""
-    one, _ = run_steps(tiny_config(tmp_path), jax.devices()[:1])
+    one, _ = one_device
     many, state = run_steps(tiny_config(tmp_path, mesh={"data": 2, "sequence": 4}), jax.devices()[:8])
     for a, b in zip(one, many, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
@@ -66,9 +82,9 @@ def test_optimizer_moments_are_sharded_like_their_parameters(tmp_path):
     assert sharded(params) > 10
 
 
-def test_accumulation_gives_the_update_of_the_whole_batch(tmp_path):
-    whole, state_whole = run_steps(tiny_config(tmp_path), jax.devices()[:1], steps=3)
-    parts, state_parts = run_steps(tiny_config(tmp_path, train={"accumulation": 4}), jax.devices()[:1], steps=3)
+def test_accumulation_gives_the_update_of_the_whole_batch(tmp_path, one_device):
+    whole, state_whole = one_device
+    parts, state_parts = run_steps(tiny_config(tmp_path, train={"accumulation": 4}), jax.devices()[:1])
     for a, b in zip(whole, parts, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -76,9 +92,8 @@ def test_accumulation_gives_the_update_of_the_whole_batch(tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state_whole.params, state_parts.params)
 
 
-def test_metrics_are_what_they_say(tmp_path):
-    config = tiny_config(tmp_path, optimizer={"clip": 0.01}, train={"z_loss": 0.1})
-    [first, *_], _ = run_steps(config, jax.devices()[:1], steps=1)
+def test_metrics_are_what_they_say(clipped):
+    first, _ = clipped
     # The first update of Adam has magnitude lr for every entry with a gradient, whatever the clip.
     assert first["learning_rate"] == pytest.approx(3e-3 / 2)
     assert first["loss"] == pytest.approx(np.log(320), rel=0.02)
@@ -87,10 +102,9 @@ def test_metrics_are_what_they_say(tmp_path):
     assert 0 < first["update_norm"] < 0.1 * first["param_norm"]
 
 
-def test_clipping_scales_gradients_to_the_limit(tmp_path):
+def test_clipping_scales_gradients_to_the_limit(clipped):
     """With plain decay-free Lion the update cannot show it, so look at Adam's first moment."""
-    config = tiny_config(tmp_path, optimizer={"clip": 0.01})
-    [first], state = run_steps(config, jax.devices()[:1], steps=1)
+    first, state = clipped
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     norm = jnp.sqrt(sum(jnp.sum((m / 0.1) ** 2) for m in moments if float(jnp.min(m)) < 0))
     assert float(norm) == pytest.approx(0.01, rel=1e-3)
@@ -117,7 +131,8 @@ def test_what_does_not_fit_is_named(tmp_path, sections, words):
 
 
 def test_auxiliary_losses_train_the_router_and_are_reported_apart(tmp_path):
-    model = {"width": 16, "depth": 1, "pattern": ["mom"], "mixers": {"mom": {"kind": "mom", "heads": 2, "chunk_size": 8}}}
+    mixer = {"kind": "mom", "heads": 2, "convolution": 0, "chunk_size": 8}
+    model = {"width": 16, "depth": 1, "pattern": ["mom"], "mixers": {"mom": mixer}}
     losses = []
     for coefficient in (0.0, 5.0):
         model["mixers"]["mom"]["balance"] = coefficient
