@@ -455,7 +455,7 @@ def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule
 
 @pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "rule", [r if r in ("gated_deltanet", "lightnet") else pytest.param(r, marks=pytest.mark.slow) for r in RULES]
+    "rule", [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES]
 )
 def test_traffic_between_shards_does_not_depend_on_the_number_of_tokens(rule, gathered, monkeypatch):
     if not gathered:
@@ -470,7 +470,7 @@ def test_traffic_between_shards_does_not_depend_on_the_number_of_tokens(rule, ga
         return jnp.sum(jnp.sin(y)) + auxiliary
 
     sent = []
-    for length in (64, 512):
+    for length in (32, 128):
         put = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, "sequence")))  # noqa: E731
         arrays = put(jnp.zeros((2, length, WIDTH))), put(jnp.zeros((2, length), jnp.int32))
         with use_mesh(mesh, rules):

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxlm.ops.linear_attention import _run
 from tests.pallas_kernels import interpreters
@@ -45,6 +46,16 @@ def steep(inputs):
     *rest, g = inputs
     t = jnp.arange(g.shape[1])[:, None, None]
     return *rest, jnp.where((t > 0) & (t < 100), -80.0, jnp.maximum(g, -0.3))
+
+
+def of_both_dtypes(cases, dtypes):
+    """Kernels of a decay a channel are large: of several chunks in float32, and in bfloat16 of one, but in the slow lane."""
+    slow = lambda dtype, case: (dtype, *case[:2]) == ("bfloat16", "vector", 37)  # noqa: E731
+    return [
+        pytest.param(dtype, case, marks=pytest.mark.slow if slow(dtype, case) else (), id=f"{dtype}-{case}")
+        for dtype in dtypes
+        for case in cases
+    ]
 
 
 @jax.jit

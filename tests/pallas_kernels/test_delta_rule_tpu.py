@@ -19,7 +19,7 @@ from pallas_kernels.delta_rule import tpu
 from pallas_kernels.tpu import Masks
 from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.delta_rule import KINDS, TOLERANCES, arrays, assert_close, reference
-from tests.pallas_kernels.linear_attention import steep
+from tests.pallas_kernels.linear_attention import of_both_dtypes, steep
 from tests.pallas_kernels.recorded import assert_as_recorded
 
 
@@ -46,8 +46,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("dtype", "case"), of_both_dtypes(CASES, TOLERANCES))
 def test_values_and_gradients(case, dtype):
     *sizes, resets, most = case
     inputs, reset, *rest = arrays(*sizes, dtype=dtype, most=most)

@@ -15,7 +15,7 @@ from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.linear_attention import tpu
 from tests.pallas_kernels import interpreters
-from tests.pallas_kernels.linear_attention import KINDS, TOLERANCES, arrays, assert_close, reference, steep
+from tests.pallas_kernels.linear_attention import KINDS, TOLERANCES, arrays, assert_close, of_both_dtypes, reference, steep
 from tests.pallas_kernels.recorded import assert_as_recorded
 
 
@@ -42,8 +42,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("dtype", "case"), of_both_dtypes(CASES, TOLERANCES))
 def test_values_and_gradients(case, dtype):
     *sizes, resets = case
     inputs, reset, *rest = arrays(*sizes, dtype=dtype)
