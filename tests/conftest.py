@@ -1,8 +1,10 @@
 """Every test runs on 8 virtual CPU devices, so sharding is tested by the same process as everything else."""
 
 import atexit
+import gc
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +17,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxlm-tests-")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Where no bytecode may be left beside the sources, what one process of a session has parsed the others find here.
+if sys.dont_write_bytecode:
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # unset with `python -B`
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="jaxlm-bytecode-")
+    atexit.register(shutil.rmtree, sys.pycache_prefix, ignore_errors=True)
 # The threads of an interpreted block wait on one another, and each holds a thread of XLA's on every device: of as many as there
 # are devices or cores, the default, none would be left.
 os.environ.setdefault("NPROC", "32")
@@ -25,6 +33,9 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# Traces make many objects that live on, which the collector would look through again and again.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_runtest_setup(item):
