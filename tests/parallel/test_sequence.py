@@ -292,7 +292,7 @@ def test_resets_runs_positions_and_counts_know_the_shards_before():
         counts = counts_in_runs(counted, reset, jnp.asarray(start))
         return reset, run_index(reset), positions_in_runs(reset, jnp.asarray([5, 7]), T), counts
 
-    expected = all_four(documents())
+    expected = jax.jit(all_four)(documents())
     for b, t in np.ndindex(B, T):
         [*starts] = np.flatnonzero(expected[0][b, : t + 1])
         before = start[b] if not starts else 0
