@@ -21,7 +21,8 @@ dbeta_j = k_j w_j. The kernels:
   training it also writes h and r of every chunk. But for one decay of every head P is a sum of two numbers in its product.
 - backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores come from
   another warpgroup.
-- backward: every chunk and 64 of its key channels on its own, for dq, dk, dbeta and the flow of the decays.
+- backward: every chunk on its own, for dq, dk, dbeta and the flow of the decays, by blocks that go through many with the copies
+  of the next one under way.
 
 With a decay of every channel `scores` comes first, every chunk on its own: P, S (float16 in the forward) and q and k times
 their decays, level by level as in `pallas_kernels.linear_attention.gpu`; the walks then have the chunk's decays alone, and
