@@ -33,12 +33,13 @@ def resolve_axis_sizes(sizes: Mapping[str, int], device_count: int) -> dict[str,
     if len(free) > 1:
         raise UserError(f"mesh: only one axis can be -1 (all remaining devices), got {', '.join(free)}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    shape = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1)) or "1"
+    named = [f"{axis} {size}" for axis, size in sizes.items() if size not in (1, -1)]
+    shape = " x ".join(named) or "1"
     if free:
         if device_count % fixed:
             raise UserError(
-                f"mesh: {shape} = {fixed} does not divide the {device_count} available devices, so mesh.{free[0]}=-1 "
-                f"has no size; change the other axes to a divisor of {device_count}"
+                f"mesh: {shape}{f' = {fixed}' if len(named) > 1 else ''} does not divide the {device_count} available devices, "
+                f"so mesh.{free[0]}=-1 has no size; change the other axes to a divisor of {device_count}"
             )
         sizes[free[0]] = device_count // fixed
     elif fixed != device_count:

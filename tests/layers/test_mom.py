@@ -498,6 +498,8 @@ def test_input_that_does_not_fit_is_named():
         MoMSettings(rule="gla", gates="channel")
     with pytest.raises(ValueError, match="negative_eigenvalues goes with rule=deltanet, gated_deltanet, kda, not .*=rwkv7"):
         MoMSettings(rule="rwkv7", negative_eigenvalues=True)
+    with pytest.raises(ValueError, match="expand_k=0.5: rule=hgrn has no key channels; leave it at 1"):
+        MoMSettings(rule="hgrn", expand_k=0.5)
     with pytest.raises(UserError, match="mom.max_length=16 is less than the 17 tokens of a row"):
         make(rule="log_linear")(rows(17))
     with pytest.raises(UserError, match="mom.max_length=16 is less than the 17 tokens of a row"):

@@ -19,7 +19,7 @@ def test_sizes_fill_the_free_axis_and_default_to_one():
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"data": -1, "tensor": 3}, "tensor 3 = 3 does not divide the 8"),
+        ({"data": -1, "tensor": 3}, "mesh: tensor 3 does not divide the 8"),
         ({"data": 2, "fsdp": 2}, "asks for 4 devices but 8 are available"),
         ({"data": -1, "fsdp": -1}, "only one axis can be -1"),
         ({"data": 0}, "mesh.data=0"),

@@ -115,6 +115,12 @@ class MoMSettings(Schema):
             raise ValueError(f"negative_eigenvalues goes with rule={', '.join(DELTA_RULES)}, not with rule={self.rule}")
         return self
 
+    @model_validator(mode="after")
+    def _keys_of_those_that_have_them(self):
+        if self.expand_k != 1 and self.rule in DIAGONAL:
+            raise ValueError(f"expand_k={self.expand_k:g}: rule={self.rule} has no key channels; leave it at 1")
+        return self
+
     @property
     def op(self) -> str:
         if self.rule == "rwkv7":
