@@ -782,9 +782,9 @@ def _products(do_s, dv_s, r_s, h_s, dh_s):
 def _gradients(call, q, k, do, beta, rows, h, r, dv, dh, *, scale):
     """Gradients of every chunk.
 
-    Blocks, as many as the chip holds, go through the chunks with the copies of the next one under way. Their two warpgroups
-    have 64 of the key channels each (32 where K is 64); one makes the cotangents of the queries' scores, the other one the
-    keys'.
+    Blocks, as many as an H100 holds, go through the chunks with the copies of the next one under way. Their two warpgroups
+    have 64 of the key channels each (32 where K is 64; K=256 takes two blocks); one makes the cotangents of the queries'
+    scores, the other one the keys'.
 
     Args:
       q, k: [B, T, H, K]; do, dv: [B, T, H, V]; beta: [B, H, N, C]; rows: of `decay_rows`.

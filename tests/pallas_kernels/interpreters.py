@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import pytest
@@ -19,7 +18,8 @@ from jaxlm.parallel.mesh import make_mesh
 # With race detection, on memory filled with NaN. The steps of a grid have no races on one core of a TPU: two share its
 # parallel axes, in random order.
 TPU = pltpu.InterpretParams(random_seed=1, detect_races=True, num_cores_or_threads=2)
-GPU = plgpu.InterpretGPUParams(detect_races=True)
+# More copies than are under way, each with a clock of its own: of two that share one the wait for the later would do for both.
+GPU = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
 
 # Tests of GPU kernels that run by the interpreter, and in the lane `gpu` on the GPU that is there.
 ON_GPU = pytest.param(False, marks=pytest.mark.gpu, id="device")
@@ -33,28 +33,29 @@ _STATES = ((tpu, "RaceDetectionState"), (gpu, "GPURaceDetectionState"))
 
 def _checked(wgmma):
     """The interpreter looks for no races of what products read on a Hopper GPU. They read shared memory as the copy engine
-    does, so that stores have to be committed; what was read is free once the product is there."""
+    does, so that stores have to be committed; what was read is free once the product is there.
+
+    Products with an operand in registers are not `wgmma` by the interpreter (`Call.dot`): of those it sees races, but no
+    stores that were not committed.
+    """
 
     @gpu.fail_on_exception
-    def product(**named):
+    def product(*, token, thread, source_info, **named):
         memory, races = gpu._get_shared_memory(), gpu.get_races()
         if memory.detect_races:
-            clock = memory.incr_clock(named["thread"])
+            clock = memory.incr_clock(thread)
             for operand in "ab":
                 key = HostAllocationKey.from_array(named[f"{operand}_allocation_key_as_array"])
                 transforms = jax.tree.map(int, gpu._remove_noop_transforms(named[f"{operand}_transforms"]))
-                read = partial(
-                    races.check_read, named["thread"], buffer_key=key, rnge=memory.access(key, transforms),
-                    source_info=named["source_info"],
-                )  # fmt: skip
-                read(clock.generic_clock.copy())
+                access = memory.access(key, transforms)
+                races.check_read(thread, clock.generic_clock.copy(), key, access, source_info)
                 if key.memory_space_id == SMEM:
                     seen = clock.async_smem_clock.copy()
-                    seen.inc(memory.get_next_tma_thread_id())  # else a thread's own stores would always be in order
-                    read(seen)
+                    seen.inc(memory.thread_to_vc_position(thread.warp(0)))  # else own stores would always be in order
+                    races.check_read(thread, seen, key, access, source_info)
                     with races.lock:  # of what is not waited for later stores would be races
                         races.reads[key] = [other for other in races.reads[key] if other[1] is not seen]
-        return wgmma(**named)
+        return wgmma(token=token, thread=thread, source_info=source_info, **named)
 
     return product
 
