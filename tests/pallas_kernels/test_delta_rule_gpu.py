@@ -121,7 +121,7 @@ def test_later_tokens_change_no_earlier_bit(kind, interpret):
 @pytest.mark.parametrize(
     ("T", "H", "mesh", "interpret"),
     [
-        (150, 2, None, True),
+        (150, 1, None, True),
         pytest.param(70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
         pytest.param(150, 4, None, False, marks=pytest.mark.gpu),
     ],
