@@ -298,7 +298,7 @@ def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, 
         leaving one.
       tiles_s, full: of `value_tiles`.
       products: of the tiles of all arrays, pairs (x, y) whose products are summed.
-      common: None, or of 64 rows of the two states returns what is summed too.
+      common: of 64 rows of the two states returns what is summed too.
       between: called once the first copies are under way.
 
     Returns:
@@ -320,9 +320,8 @@ def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, 
         sums, shared = carried
         for slot, (*_, h_s, dh_s) in enumerate(tiles_s):
             plgpu.barrier_wait(full.at[slot])
-            if common is not None:
-                found = common(load(h_s).astype(F32), load(dh_s).astype(F32))
-                shared = found if shared is None else shared + found
+            found = common(load(h_s).astype(F32), load(dh_s).astype(F32))
+            shared = found if shared is None else shared + found
         for slot, tiles in enumerate(tiles_s):
             pairs = products(*tiles)
             sums = call.dots(sums or [plgpu.layout_cast(jnp.zeros((C, C), F32), WGMMA)] * len(pairs), *pairs)
