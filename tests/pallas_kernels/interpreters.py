@@ -25,6 +25,17 @@ GPU = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=64)
 ON_GPU = pytest.param(False, marks=pytest.mark.gpu, id="device")
 INTERPRETER_AND_GPU = pytest.mark.parametrize("interpret", [pytest.param(True, id="interpreter"), ON_GPU])
 
+# Of an op whose kernels take 64 key and value channels, on one GPU, on eight virtual ones and on those that are there.
+ONE_AND_SEVERAL = pytest.mark.parametrize(
+    ("T", "H", "mesh", "interpret"),
+    [
+        (150, 1, None, True),
+        pytest.param(70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
+        pytest.param(150, 4, None, False, marks=pytest.mark.gpu),
+    ],
+    ids=["one device", "split rows and heads", "device"],
+)
+
 SMEM = IDX_BY_GPU_MEMORY_SPACE[plgpu.SMEM]
 
 # Where an interpreter makes what it knows of races, anew for every kernel.
@@ -104,5 +115,6 @@ def hopper(interpret: bool, mesh: dict[str, int] | None = None) -> Iterator[None
 
 
 def let_gpus_differ(patch: pytest.MonkeyPatch) -> None:
-    """The first of several GPUs to end a kernel would find the others' barriers, which its interpreter takes for its own."""
+    """The first of several GPUs to end a kernel would find the others' barriers, which its interpreter takes for its own. Until
+    the end of a test, as what it computes may be under way when it leaves `hopper`."""
     patch.setattr(GPUSharedMemory, "assert_no_barriers_allocated", lambda self: None)

@@ -105,15 +105,7 @@ def test_later_tokens_change_no_earlier_bit(kind, interpret):
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
 
-@pytest.mark.parametrize(
-    ("T", "H", "mesh", "interpret"),
-    [
-        (150, 2, None, True),
-        pytest.param(70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
-        pytest.param(300, 4, None, False, marks=pytest.mark.gpu),
-    ],
-    ids=["one device", "split rows and heads", "device"],
-)
+@interpreters.ONE_AND_SEVERAL
 def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
     if mesh:
         interpreters.let_gpus_differ(monkeypatch)
