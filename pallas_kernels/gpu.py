@@ -72,8 +72,18 @@ def iota(shape, axis):
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=WGMMA)
 
 
+def divided(i, size):
+    """Quotient and remainder."""
+    return (i, 0) if size == 1 else (lax.div(i, size), lax.rem(i, size))
+
+
 def load(ref, layout=WGMMA):
     return plgpu.load(ref, layout=layout)
+
+
+def of_memory(ref, layout=WGMMA):
+    """An array in global memory, read without shared memory on the way."""
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def load_state(ref):
@@ -92,11 +102,17 @@ class Call:
     def __init__(self, interpret):
         self.interpret = plgpu.InterpretGPUParams() if interpret is True else interpret or None
 
-    def __call__(self, body, name, grid, operands, out_type, scratch, threads, *, barriers=True):
-        """Call a kernel; without `barriers` those of its own have to keep every store to memory away from matrix products of
-        the other warps that still read there."""
+    def __call__(self, body, name, grid, operands, out_type, scratch, threads, *, barriers=True, sums=True):
+        """Call a kernel.
+
+        Args:
+          barriers: without, those of its own have to keep every store to memory away from matrix products of the other warps
+            that still read there.
+          sums: without, it has none over the rows of an array, nor memory for that (2 KB).
+        """
         names, sizes = zip(*grid.items(), strict=True)
-        params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not barriers)
+        params = {} if sums else {"reduction_scratch_bytes": 0}
+        params = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=not barriers, **params)
         return plgpu.kernel(
             body, out_type=out_type, scratch_types=scratch, grid=sizes, grid_names=names, num_threads=threads, thread_name="wg",
             compiler_params=params, interpret=self.interpret, kernel_name=name,
@@ -290,7 +306,7 @@ def value_tiles(arrays, V, dtype):
     }  # fmt: skip
 
 
-def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, between):
+def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common_s, between):
     """Sums over the value channels of a chunk, 64 at a time with the copies of the next ones under way.
 
     Args:
@@ -298,11 +314,11 @@ def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, 
         leaving one.
       tiles_s, full: of `value_tiles`.
       products: of the tiles of all arrays, pairs (x, y) whose products are summed.
-      common: of 64 rows of the two states returns what is summed too.
+      common_s: memory [64, 64] for the two states' product, of every 64 values added up.
       between: called once the first copies are under way.
 
     Returns:
-      the sums of the products, and that of `common`.
+      the sums of the products.
     """
     ahead = len(tiles_s)
 
@@ -316,21 +332,22 @@ def over_values(call, V, of_tokens, of_values, tiles_s, full, products, common, 
         fetch(slot, slot)
     between()
 
-    def turn(n, carried):
-        sums, shared = carried
+    def turn(n, sums):
+        common = None if sums is None else load(common_s).astype(F32)
         for slot, (*_, h_s, dh_s) in enumerate(tiles_s):
             plgpu.barrier_wait(full.at[slot])
-            found = common(load(h_s).astype(F32), load(dh_s).astype(F32))
-            shared = found if shared is None else shared + found
+            both = load(h_s).astype(F32) * load(dh_s).astype(F32)
+            common = both if common is None else common + both
+        common_s[...] = common.astype(common_s.dtype)
         for slot, tiles in enumerate(tiles_s):
             pairs = products(*tiles)
             sums = call.dots(sums or [plgpu.layout_cast(jnp.zeros((C, C), F32), WGMMA)] * len(pairs), *pairs)
             plgpu.commit_smem()  # the tiles have been read before the copy engine fills them again
             pl.when((n + 1) * ahead + slot < V // C)(lambda slot=slot: fetch((n + 1) * ahead + slot, slot))
-        return sums, shared
+        return sums
 
     # The first ones before the loop: sums that are not there yet take no registers from what is common.
-    first = turn(jnp.int32(0), (None, None))
+    first = turn(jnp.int32(0), None)
     return first if ahead == V // C else lax.fori_loop(1, V // C // ahead, turn, first)
 
 

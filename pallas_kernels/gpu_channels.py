@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import F32, FLOOR, LOG2E, ROWS, C, by_row, iota, starts_of
+from pallas_kernels.gpu import F32, FLOOR, LOG2E, ROWS, WGMMA, C, by_row, iota, starts_of
+
+
+def unknown_zero():
+    """A 0 that the compiler does not know: masks it is part of are made where this stands, and not ahead of the loop around it,
+    for which registers are too few."""
+    return lax.optimization_barrier(jnp.int32(0))
 
 
 class Levels:
@@ -16,10 +23,15 @@ class Levels:
     from arithmetic on 16-bit numbers, two of which make an instruction.
     """
 
-    def __init__(self, call, dtype):
-        self.call, self.dtype = call, dtype  # of what factors scale
-        self.i, self.j = iota((C, C), 0), iota((C, C), 1)
-        self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS)
+    def __init__(self, call, dtype, zero=0):
+        """
+        Args:
+          dtype: of what factors scale.
+          zero: 0, or `unknown_zero` where masks are to be made here.
+        """
+        self.call, self.dtype = call, dtype
+        self.i, self.j = iota((C, C), 0) + zero, iota((C, C), 1) + zero
+        self.row = plgpu.broadcasted_iota(jnp.int32, (C,), 0, layout=ROWS) + zero
 
     def _inside(self, low, high, dtype):
         """1 where low <= j <= high for column j, else 0, of numbers for every row."""
@@ -45,6 +57,10 @@ class Levels:
     def after(self, sums):
         """Over the chunk after each token."""
         return self._factors(sums, self.row + 1, self.row | (C - 1))
+
+    def total(self, sums):
+        """Over the chunk, in every row."""
+        return self._factors(sums, self.row & 0, self.row | (C - 1))
 
     def _factors(self, sums, low, high):
         chosen = self._inside(low, high, jnp.float16)
@@ -74,6 +90,12 @@ def channels_of(log_decay, reset, length):
     tokens padded to `length`."""
     start = None if reset is None else starts_of(reset, length, C)[:, 0].astype(jnp.float32)
     return jnp.pad(log_decay, ((0, 0), (0, length - log_decay.shape[1]), (0, 0), (0, 0))), start
+
+
+def of_chunk(sum_s):
+    """Sums over the chunk of log decays in memory, one for every row of their transpose: sums over its columns would go through
+    memory of all warps."""
+    return jnp.sum(plgpu.load(sum_s.T, layout=WGMMA).astype(F32), axis=1)
 
 
 def powers(g):

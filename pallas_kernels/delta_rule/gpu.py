@@ -24,9 +24,9 @@ dbeta_j = k_j w_j. The kernels:
 - backward: every chunk on its own, for dq, dk, dbeta and the flow of the decays, by blocks that go through many with the copies
   of the next one under way.
 
-With a decay of every channel `scores` comes first, every chunk on its own: P, S (float16 in the forward) and q and k times
-their decays, level by level as in `pallas_kernels.linear_attention.gpu`; the walks then have the chunk's decays alone, and
-backward goes through the levels.
+With a decay of every channel `scores` comes first, every chunk on its own: P and S (float16; P in bfloat16 for the backward), q
+and k times their decays, level by level as in `pallas_kernels.linear_attention.gpu`, which training keeps; the walks then have
+the chunk's decays alone, and backward goes through the levels.
 Where rows and heads are few, time is split into segments: maps (what each multiplies a state by) and what it adds, by walks of
 their own (`maps`, `forward`; in reverse `maps`, `backward_added`), give the states that enter them.
 """
@@ -59,6 +59,7 @@ from pallas_kernels.gpu import (
     iota,
     load,
     load_state,
+    of_memory,
     over_values,
     product_after,
     product_before,
@@ -72,12 +73,12 @@ from pallas_kernels.gpu import (
     warpgroups,
     weights_between,
 )
-from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
+from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, of_chunk, powers, unknown_zero
 
 __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 
-# The logical axes of what `forward` saves.
-SAVED_AXES = (("batch", None, "heads", None, None),) * 4
+# The first logical axes of every array that `forward` saves.
+SAVED_AXES = ("batch", None, "heads")
 
 SMALL = 16  # tokens of the smallest blocks that matrix products join
 FEWEST = 8  # chunks of a segment of time
@@ -194,46 +195,47 @@ def _inverses(call, beta, *, k=None, rows=None, scores=None):
         plgpu.wait_smem_to_gmem(0)
 
     # Between a product and the next store to what it reads there is always a commit: that of the other x_s.
-    grid = {"h": H, "n": N, "b": B}
+    grid = {"b": B, "n": N, "h": H}
     [inverse] = call(body, "delta_rule_inverses", grid, operands, out_type, scratch, 1, barriers=False)
     return inverse
 
 
-def _prepare_channels(call, q, k, g, start, *, scale, keys):
+def _prepare_channels(call, q, k, g, start, *, scale, save):
     """What a decay of every channel does within chunks.
 
     Args:
       q, k: [B, T, H, K]; g, start: of `channels_of`.
-      keys: also return S. Factors, what they scale and P are float16 then, else of q's dtype.
+      save: also return P in q's dtype.
 
     Returns:
-      scale q and k times the decays up to each token; (k times those after it, the scores P [B, N, H, C, C], and the decays of
-      whole chunks [B, N, H, K] float32 as powers of 2); S [B, N, H, C, C] float16 or None.
+      scale q and k times the decays up to each token; k times those after it; the decays of whole chunks [B, N, H, K] float32
+      as powers of 2; the scores P and S [B, N, H, C, C], float16; P in q's dtype or None.
     """
     B, T, H, K = q.shape
     N, tiles = T // C, range(K // C)
     dtype = q.dtype
-    low = jnp.float16 if keys else dtype
-    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "k_read_s")[: 2 + keys]}
-    scratch |= {name: [swizzled((C, C), low)] * len(tiles) for name in ("z_s", "z_keys_s")[: 1 + keys]}
+    low = jnp.float16
+    scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "k_read_s")}
+    scratch |= {name: [swizzled((C, C), low)] * len(tiles) for name in ("z_s", "z_keys_s")}
     scratch |= {
         "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles), "total_s": plgpu.SMEM((K,), F32),
         "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + 2 * (start is not None)),
     }  # fmt: skip
+    if save:
+        scratch["p_s"] = swizzled((C, C), dtype)
     operands = [q, k, g]
     if start is not None:
         operands.append(start)
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
     shape = jax.ShapeDtypeStruct
-    out_type = [shape(q.shape, dtype)] * 3 + [shape((B, N, H, C, C), low), shape((B, N, H, K), F32)]
-    if keys:
-        out_type.append(shape((B, N, H, C, C), jnp.float16))
+    out_type = [shape(q.shape, dtype)] * 3 + [shape((B, N, H, K), F32)]
+    out_type += [shape((B, N, H, C, C), x) for x in (low, low, dtype)[: 2 + save]]
 
-    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, total_s, full, k_read_s=None, z_keys_s=None, rows_s=None,
-             columns_s=None):
+    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, k_read_s, z_s, z_keys_s, sum_s, total_s, full, p_s=None,
+             rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
-        q_read_ref, k_read_ref, k_write_ref, p_ref, total_ref, *scores_refs = refs
+        q_read_ref, k_read_ref, k_write_ref, total_ref, *scores_refs = refs
         h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
         tokens = pl.ds(n * C, C)
         columns = [pl.ds(tile * C, C) for tile in tiles]
@@ -243,30 +245,29 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
         if start is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        k_read_s = k_read_s or z_s
         levels = Levels(call, low)
         plgpu.barrier_wait(full)
         for tile in tiles:
-            g_c = powers(plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False))
+            g_c = powers(of_memory(g_ref.at[b, tokens, h, columns[tile]]))
             sum_s[tile][...] = g_c.astype(jnp.float16)
-            lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
-            total_s.at[columns[tile]][...] = jnp.sum(g_c, axis=0) + lost
         plgpu.commit_smem()
+        lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
+        for tile in tiles:
+            total_s.at[columns[tile]][...] = of_chunk(sum_s[tile]) + lost
         starts = None if start is None else by_row(load(rows_s, ROWS), (C, C))
         scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
-        found = (scores, jnp.zeros_like(scores)) if keys else (scores,)
+        found = (scores, jnp.zeros_like(scores))
 
         def level(n, found):
             size = jnp.int32(1) << n
+            plgpu.commit_smem()  # the level before has been read
             for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
                 q_c, k_c = load(q_s[tile]).astype(low), load(k_s[tile]).astype(low)
                 z_s[tile][...] = levels.mixed(factor, size, q_c, k_c)
-                if keys:
-                    z_keys_s[tile][...] = k_c * factor.astype(low)
+                z_keys_s[tile][...] = k_c * factor.astype(low)
             plgpu.commit_smem()
             parted = levels.pairs(size)
-            of = (z_s, z_keys_s)[: len(found)]
-            products = (call.dot(*((z[tile], z[tile].T) for tile in tiles)) for z in of)
+            products = (call.dot(*((z[tile], z[tile].T) for tile in tiles)) for z in (z_s, z_keys_s))
             return tuple(jnp.where(parted, product, x) for x, product in zip(found, products, strict=True))
 
         found = lax.fori_loop(0, LEVELS, level, found)
@@ -284,22 +285,19 @@ def _prepare_channels(call, q, k, g, start, *, scale, keys):
             plgpu.commit_smem()
             for x_s, ref in ((q_s[tile], q_read_ref), (k_read_s[tile], k_read_ref), (k_s[tile], k_write_ref)):
                 plgpu.copy_smem_to_gmem(x_s, ref.at[b, tokens, h, columns[tile]])
-        if not keys:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        p_s = (z_keys_s if keys else z_s)[0]
-        p_s[...] = (found[0] * scale).astype(low)
-        if keys:
-            sum_s[0][...] = found[1].astype(jnp.float16)
+        scores = found[0] * scale
+        # What was there has been read: a commit followed.
+        memories = (z_keys_s[0], sum_s[0], p_s)[: 2 + save]
+        for x, to in zip((scores, found[1], scores), memories, strict=False):
+            to[...] = x.astype(to.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(p_s, p_ref.at[b, n, h])
-        plgpu.copy_smem_to_gmem(total_s, total_ref.at[b, n, h])
-        if keys:
-            plgpu.copy_smem_to_gmem(sum_s[0], scores_refs[0].at[b, n, h])
+        for x_s, ref in zip((total_s, *memories), (total_ref, *scores_refs), strict=True):
+            plgpu.copy_smem_to_gmem(x_s, ref.at[b, n, h])
         plgpu.wait_smem_to_gmem(0)
 
-    grid = {"h": H, "n": N, "b": B}
-    q_read, k_read, *channels = call(body, "delta_rule_channels_scores", grid, operands, out_type, scratch, 1)
-    return q_read, k_read, channels[:3], channels[3] if keys else None
+    grid = {"b": B, "n": N, "h": H}
+    found = call(body, "delta_rule_channels_scores", grid, operands, out_type, scratch, 1, barriers=False, sums=False)
+    return found if save else (*found, None)
 
 
 def _stages(K, wgs, channels):
@@ -326,7 +324,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
       split: the scores enter their product with r as sums of two numbers of the dtype; with `channels`, what is written enters
         the state so, too.
       rows: of `decay_rows`; or for a decay of every channel
-      channels: of `_prepare_channels`, k that is written, P and the decays of chunks; then q and k are those that read.
+      channels: of `_prepare_channels`, k that is written, the decays of chunks and P; then q and k are those that read.
     """
     B, T, H, K = k.shape
     V = v.shape[-1]
@@ -353,12 +351,12 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
         operands.append(rows)
         scratch["columns_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
     elif channels is not None:
-        operands += [channels[0], channels[2]]
+        operands += channels[:2]
         scratch |= {"k_write_s": swizzled((stages, C, K), dtype), "total_s": plgpu.SMEM((stages, K), F32)}
     shape = jax.ShapeDtypeStruct
     out_type = [shape((B, segments, H, V + K, K) if maps else (B, segments, H, K, V), F32)]
     if not maps:
-        operands += [q] + ([] if channels is None else [channels[1]])
+        operands += [q] + ([] if channels is None else [channels[2]])
         out_type.append(shape(v.shape, v.dtype))
         kept = turns if follows else wgs
         scratch |= {
@@ -632,7 +630,7 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
              total_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
-        k_write_ref, p_ref, total_ref = (refs.pop(0) for _ in range(3)) if channels is not None else (None,) * 3
+        k_write_ref, total_ref, p_ref = (refs.pop(0) for _ in range(3)) if channels is not None else (None,) * 3
         d_state_ref, *refs = refs
         b, h, s, block = (lax.axis_index(name) for name in ("b", "h", "s", "v"))
         wg = lax.axis_index("wg")
@@ -977,17 +975,16 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
     N, tiles = T // C, K // C
     dtype = q.dtype
     scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(5, V, dtype)
-    scratch |= {name: plgpu.SMEM((C,), F32) for name in ("beta_s", "dbeta_s", "common_s")}
-    scratch |= {"sum_s": swizzled((C, C), jnp.float16), "ready": plgpu.Barrier(num_arrivals=3 + 2 * (start is not None))}
+    scratch |= {"common_s": swizzled((C, C), dtype), "sum_s": swizzled((C, C), jnp.float16)}
+    scratch["ready"] = plgpu.Barrier(num_arrivals=2)
     operands = [q, k, do, dv, beta, g, h, r, dh]
     shape = jax.ShapeDtypeStruct
     out_type = [shape(x.shape, dtype) for x in (q, k)] + [shape((B, H, N, tiles, C), F32), shape(g.shape, F32)]
     if start is not None:
         operands.append(start)
-        scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
 
-    def body(q_ref, k_ref, do_ref, dv_ref, beta_ref, g_ref, h_ref, r_ref, dh_ref, *refs, q_s, k_s, tiles_s, sum_s, beta_s,
-             dbeta_s, common_s, full, ready, rows_s=None, columns_s=None):
+    def body(q_ref, k_ref, do_ref, dv_ref, beta_ref, g_ref, h_ref, r_ref, dh_ref, *refs, q_s, k_s, tiles_s, sum_s,
+             common_s, full, ready):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
         dq_ref, dk_ref, dbeta_ref, dg_ref = refs
@@ -995,34 +992,31 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
         n, b = lax.axis_index("n"), lax.axis_index("b")
         tokens, keys = pl.ds(n * C, C), pl.ds(part * C, C)
 
+        rows = [of_memory(ref, ROWS) for ref in [beta_ref.at[b, hd, n]] + ([] if start is None else [start_ref.at[b, n]])]
+
         def fetch():
             for ref, to in ((q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, ready)
-            plgpu.copy_gmem_to_smem(beta_ref.at[b, hd, n], beta_s, ready)
-            if start is not None:
-                for to in (rows_s, columns_s):
-                    plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, ready)
+            g_c = powers(of_memory(g_ref.at[b, tokens, hd, keys]))
+            sum_s[...] = g_c.astype(jnp.float16)
 
         refs_of_tokens = [ref.at[b, tokens, hd] for ref in (do_ref, dv_ref)]
         refs_of_values = [r_ref.at[b, n, hd], *(ref.at[b, n, hd, pl.ds(0, V), keys] for ref in (h_ref, dh_ref))]
-        g_c = powers(plgpu.load(g_ref.at[b, tokens, hd, keys], layout=WGMMA, optimized=False))
-        sum_s[...] = g_c.astype(jnp.float16)
-        total = jnp.exp2(jnp.sum(g_c, axis=0))
-        [pairs, key_pairs, dq, dk_read, d_written], shared = over_values(
-            call, V, refs_of_tokens, refs_of_values, tiles_s, full, _products, lambda h, dh: jnp.sum(h * dh, axis=0), fetch
+        pairs, key_pairs, dq, dk_read, d_written = over_values(
+            call, V, refs_of_tokens, refs_of_values, tiles_s, full, _products, common_s, fetch
         )
         plgpu.barrier_wait(ready)
         levels = Levels(call, dtype)
         i, j = levels.i, levels.j
         z_s, z_keys_s, kb_s, pairs_s, key_pairs_s = tiles_s[0]  # which are free now
-        beta_rows = by_row(load(beta_s, ROWS), (C, C))
+        beta_rows = by_row(rows[0], (C, C))
         kb_s[...] = (load(k_s).astype(F32) * beta_rows).astype(dtype)  # keys as they are written
         starts = None
         pairs = jnp.where(i >= j, pairs, 0.0) * scale
         key_pairs = jnp.where(i > j, -key_pairs, 0.0)
         if start is not None:
-            starts = by_row(load(rows_s, ROWS), (C, C))
-            together = starts == by_column(load(columns_s, COLS), (C, C))
+            starts, last = by_row(rows[1], (C, C)), start_ref[b, n, C - 1]
+            together = starts <= j.astype(F32)  # of keys that are not later than the query
             pairs, key_pairs = (jnp.where(together, x, 0.0) for x in (pairs, key_pairs))
         own = by_row(jnp.sum(jnp.where(i == j, pairs, 0.0), axis=1), (C, C))
         # Rows are the later or the earlier token of a pair: the cotangents of its scores, either way round.
@@ -1033,25 +1027,31 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
             plgpu.commit_smem()
             x_s[...] = load(z_s) + load(z_keys_s)  # one of the two is 0
             plgpu.commit_smem()
-        [before], [after] = levels.before([sum_s]), levels.after([sum_s])
+        # One after the other: registers are short.
+        [before] = levels.before([sum_s])
         if start is not None:
             before = jnp.where(starts < 0, before, 0.0)
-            after = jnp.where(starts == rows_s[C - 1], after, 0.0)
-            total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
-        # Keys are written, and read as queries are.
-        d_written = d_written * after
-        # What the leaving state and its cotangent have in common.
-        common_s[...] = jnp.sum(d_written * load(kb_s).astype(F32), axis=0) + total * shared
         dq = dq * (before * scale) + own * load(kb_s).astype(F32)
         dk_read = dk_read * -before
+        [after] = levels.after([sum_s])
+        if start is not None:
+            after = jnp.where(starts == last, after, 0.0)
+        d_written = d_written * after  # keys are written, and read as queries are
+        [total] = levels.total([sum_s])
+        if start is not None:
+            total = total * jnp.where(last < 0, 1.0, 0.0)
+        # Numbers whose sums over the rows are what the leaving state and its cotangent have in common.
+        common_s[...] = (d_written * load(kb_s).astype(F32) + total * load(common_s).astype(F32)).astype(dtype)
         d_written = d_written + own * load(q_s).astype(F32)
 
         def level(n, gradients):
             dq, dk_read, d_written = gradients
             size = jnp.int32(1) << n
+            levels = Levels(call, dtype, unknown_zero())
             right, partners = levels.right(size), levels.partners(size)
             [factor] = levels.factors([sum_s], size)
             k_c, kb_c = load(k_s), load(kb_s)
+            plgpu.commit_smem()  # the level before has been read
             z_s[...] = levels.mixed(factor, size, load(q_s), kb_c)
             z_keys_s[...] = levels.mixed(factor, size, k_c, kb_c)
             plgpu.commit_smem()
@@ -1062,25 +1062,25 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
 
         dq, dk_read, d_written = lax.fori_loop(0, LEVELS, level, (dq, dk_read, d_written))
         k_c = load(k_s).astype(F32)
-        dbeta_s[...] = jnp.sum(d_written * k_c, axis=1)
-        # Sums of the flow over the tokens from each on.
+        dbeta_ref.at[b, hd, n, part][...] = jnp.sum(d_written * k_c, axis=1)
         flow = load(q_s).astype(F32) * dq + k_c * dk_read - load(kb_s).astype(F32) * d_written
         plgpu.commit_smem()
-        z_s[...] = flow.astype(dtype)
+        # Of the flow a token has the sum from it on; what is common is taken off where both are summed.
+        z_s[...] = (flow + load(common_s).astype(F32)).astype(dtype)
         q_s[...] = dq.astype(dtype)
         k_s[...] = (dk_read + d_written * beta_rows).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, keys])
         plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, keys])
-        plgpu.copy_smem_to_gmem(dbeta_s, dbeta_ref.at[b, hd, n, part])
-        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(load(common_s, COLS), (C, C))
+        later = jnp.where(i <= j, 1.0, 0.0).astype(dtype)
+        dg = call.dot((later, z_s), (1 - later, common_s))
         if start is not None:
             dg = jnp.where(starts == i.astype(F32), 0.0, dg)
         dg_ref.at[b, tokens, hd, keys][...] = dg
         plgpu.wait_smem_to_gmem(0)
 
-    grid = {"h": H * tiles, "n": N, "b": B}
-    return call(body, "delta_rule_channels_backward", grid, operands, out_type, scratch, 1)
+    grid = {"b": B, "n": N, "h": H * tiles}
+    return call(body, "delta_rule_channels_backward", grid, operands, out_type, scratch, 1, barriers=False, sums=False)
 
 
 def _gates(beta, length):
@@ -1112,12 +1112,12 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
     beta = _gates(beta, q.shape[1])
     if log_decay is not None and log_decay.shape[-1] > 1:
         gates = channels_of(log_decay, reset, q.shape[1])
-        q, k, channels, scores = _prepare_channels(call, q, k, *gates, scale=scale, keys=True)
-        inverse = _inverses(call, beta, scores=scores)
-        walk = partial(_forward_walk, call, q, k, v, beta, inverse, channels=channels, scale=scale)
+        q, k, k_write, total, scores, of_keys, low = _prepare_channels(call, q, k, *gates, scale=scale, save=save)
+        inverse, channels = _inverses(call, beta, scores=of_keys), (q, k, k_write, total, low)
+        walk = partial(_forward_walk, call, q, k, v, beta, inverse, channels=(k_write, total, scores), scale=scale)
     else:
         rows = decay_rows(log_decay, reset, q.shape[1], C)
-        inverse = _inverses(call, beta, k=k, rows=rows)
+        inverse, channels = _inverses(call, beta, k=k, rows=rows), None
         walk = partial(_forward_walk, call, q, k, v, beta, inverse, split=log_decay is None, rows=rows, scale=scale)
     B, H, K, V = state.shape
     states, maps = state[:, None], jnp.zeros((B, 0, H, K, K), F32)
@@ -1127,7 +1127,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
         added, maps = both[..., :V, :], both[..., V:, :]
         states = _entering(added, maps, state)
     final, o, *saved = walk(states, save=save)
-    return *as_given(given, o), final[:, -1], (*saved, maps, inverse) if save else None
+    return *as_given(given, o), final[:, -1], (*saved, maps, inverse, channels) if save else None
 
 
 def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -1144,7 +1144,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
     call, length, given = Call(interpret), q.shape[1], (q, k, v)
     q, k, do = rounded(C, q, k, do)
     beta = _gates(beta, q.shape[1])
-    h, r, maps, inverse = saved
+    h, r, maps, inverse, channels = saved
 
     def walked(q, k, **gates):
         walk = partial(_backward_walk, call, q, k, do, beta, inverse, scale=scale, **gates)
@@ -1160,7 +1160,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, inte
 
     if log_decay is not None and log_decay.shape[-1] > 1:
         g, start = channels_of(log_decay, reset, q.shape[1])
-        q_read, k_read, channels, _ = _prepare_channels(call, q, k, g, start, scale=scale, keys=False)
+        q_read, k_read, *channels = channels
         d_state, dv, dh = walked(q_read, k_read, channels=channels)
         dq, dk, dbeta, dg = _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, scale=scale)
         dg = dg[:, :length]

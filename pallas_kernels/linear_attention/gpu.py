@@ -22,7 +22,7 @@ With a decay of every channel of K, also three:
   `jaxlm.ops.linear_attention`): a level is one array z, the queries of right halves and the keys of left halves, scaled by
   products of decays within their halves, and z z^T holds its scores. Exponents are sums of log decays over ranges, made by
   matrix products with zeros and ones, and never differences: any decay is safe. It writes the scores, and q and k times the
-  decays up to and after every token, so that
+  decays up to and after every token, which training keeps, so that
 - forward, and in reverse backward states, walk the chunks without any decay but the chunk's own; in reverse it also makes dv.
 - backward: every chunk and 64 of its channels on its own, for dq, dk and dg, level by level as above: the gradient of all
   pairs of a level is one product of their cotangents, either way round, with z.
@@ -44,7 +44,6 @@ from pallas_kernels.gpu import (
     F32,
     FLOOR,
     ROWS,
-    WGMMA,
     C,
     Call,
     as_given,
@@ -53,8 +52,10 @@ from pallas_kernels.gpu import (
     cumulative_sums,
     decay_rows,
     declines,
+    divided,
     load,
     load_state,
+    of_memory,
     over_values,
     product_after,
     product_before,
@@ -68,15 +69,15 @@ from pallas_kernels.gpu import (
     warpgroups,
     weights_between,
 )
-from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, powers
+from pallas_kernels.gpu_channels import LEVELS, Levels, channels_of, of_chunk, powers, unknown_zero
 
 __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 
 PAIR = 2 * C  # tokens a chunk of the gradients, and between saved states
 FEWEST = 4  # pairs of chunks of a segment of time
 
-# The logical axes of what `forward` saves.
-SAVED_AXES = ("batch", None, "heads", None, None)
+# The first logical axes of every array that `forward` saves.
+SAVED_AXES = ("batch", None, "heads")
 
 
 def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, reverse=False):
@@ -361,94 +362,109 @@ def _prepare_channels(call, q, k, g, start, *, scale):
       q, k: [B, T, H, K]; g: [B, T, H, K] float32; start: [B, N, C] as in `decay_rows`, or None.
 
     Returns:
-      scale q times the decays up to each token; k times those after it; the scores [B, H, N, C, C]; and the decays of whole
-      chunks [B, H, N, K] float32, as powers of 2.
+      scale q times the decays up to each token; k times those after it; the scores [B, N, H, C, C]; and the decays of whole
+      chunks [B, N, H, K] float32, as powers of 2.
     """
     B, T, H, K = q.shape
-    tiles = range(K // C)
+    N, tiles = T // C, range(K // C)
+    items = B * N * H
+    blocks = min(items, (2 if K <= PAIR else 1) * gpu.SMS)  # as many as memory holds
     dtype = q.dtype
     scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
     scratch |= {
-        "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles),
-        "total_s": plgpu.SMEM((K,), F32), "full": plgpu.Barrier(num_arrivals=2 * len(tiles)),
+        "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles), "g_s": [swizzled((C, C), F32)] * len(tiles),
+        "decayed": plgpu.Barrier(num_arrivals=len(tiles)),
+        "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + (0 if start is None else 2)),
     }  # fmt: skip
     operands = [q, k, g]
     if start is not None:
         operands.append(start)
-        scratch |= {
-            "rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32), "started": plgpu.Barrier(num_arrivals=2),
-        }  # fmt: skip
-    N = T // C
-    out_type = [
-        jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape, dtype),
-        jax.ShapeDtypeStruct((B, H, N, C, C), dtype), jax.ShapeDtypeStruct((B, H, N, K), F32),
-    ]  # fmt: skip
+        scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
+    shape = jax.ShapeDtypeStruct
+    out_type = [shape(q.shape, dtype)] * 2 + [shape((B, N, H, C, C), dtype), shape((B, N, H, K), F32)]
 
-    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, total_s, full, rows_s=None, columns_s=None, started=None):
+    def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, z_s, sum_s, g_s, decayed, full, rows_s=None, columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
         qb_ref, ka_ref, p_ref, total_ref = refs
-        h, n, b = (lax.axis_index(name) for name in ("h", "n", "b"))
-        tokens = pl.ds(n * C, C)
+        first = lax.axis_index("i")
+        count = lax.div(items - 1 - first, blocks) + 1
         columns = [pl.ds(tile * C, C) for tile in tiles]
-        for tile in tiles:
-            for ref, to in ((q_ref, q_s), (k_ref, k_s)):
-                plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
-        levels = Levels(call, dtype)
-        together = starts = None
-        if start is not None:
-            for to in (rows_s, columns_s):
-                plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, started)
-            plgpu.barrier_wait(started)
-            starts = by_row(load(rows_s, ROWS), (C, C))
-            together = starts == by_column(load(columns_s, COLS), (C, C))
-        for tile in tiles:
-            g = powers(plgpu.load(g_ref.at[b, tokens, h, columns[tile]], layout=WGMMA, optimized=False))
-            sum_s[tile][...] = g.astype(jnp.float16)
-            lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
-            total_s.at[columns[tile]][...] = jnp.sum(g, axis=0) + lost
-        plgpu.commit_smem()
-        plgpu.barrier_wait(full)
-        scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
 
-        def level(n, scores):
-            size = jnp.int32(1) << n
-            for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
-                z_s[tile][...] = levels.mixed(factor, size, load(q_s[tile]), load(k_s[tile]))
-            plgpu.commit_smem()
-            return jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
+        def place(turn):
+            of_row, h = divided(first + turn * blocks, H)
+            b, n = divided(of_row, N)
+            return b, n, h, pl.ds(n * C, C)
 
-        # A loop, so that what one level loads is not kept for the next: registers are short.
-        scores = lax.fori_loop(0, LEVELS, level, scores)
-        scores = scores * scale
-        if together is not None:
-            scores = jnp.where(together, scores, 0.0)
-        for tile, before, after in zip(tiles, levels.before(sum_s), levels.after(sum_s), strict=True):
-            before = before * scale
+        def fetch_decays(turn):
+            b, _, h, tokens = place(turn)
+            for tile in tiles:
+                plgpu.copy_gmem_to_smem(g_ref.at[b, tokens, h, columns[tile]], g_s[tile], decayed)
+
+        def turn(t, _):
+            b, n, h, tokens = place(t)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for tile in tiles:
+                for ref, to in ((q_ref, q_s), (k_ref, k_s)):
+                    plgpu.copy_gmem_to_smem(ref.at[b, tokens, h, columns[tile]], to[tile], full)
             if start is not None:
-                before = jnp.where(starts < 0, before, 0.0)
-                after = jnp.where(starts == rows_s[C - 1], after, 0.0)
-            q_s[tile][...] = (load(q_s[tile]).astype(F32) * before).astype(dtype)
-            k_s[tile][...] = (load(k_s[tile]).astype(F32) * after).astype(dtype)
-        z_s[0][...] = scores.astype(dtype)
-        plgpu.commit_smem()
-        for tile in tiles:
-            plgpu.copy_smem_to_gmem(q_s[tile], qb_ref.at[b, tokens, h, columns[tile]])
-            plgpu.copy_smem_to_gmem(k_s[tile], ka_ref.at[b, tokens, h, columns[tile]])
-        plgpu.copy_smem_to_gmem(total_s, total_ref.at[b, h, n])
-        plgpu.copy_smem_to_gmem(z_s[0], p_ref.at[b, h, n])
+                for to in (rows_s, columns_s):
+                    plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
+            plgpu.barrier_wait(decayed)
+            for tile in tiles:
+                sum_s[tile][...] = powers(load(g_s[tile])).astype(jnp.float16)
+            plgpu.commit_smem()
+            pl.when(t + 1 < count)(lambda: fetch_decays(t + 1))
+            levels = Levels(call, dtype, unknown_zero())
+            plgpu.barrier_wait(full)
+            lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
+            for tile in tiles:
+                total_ref.at[b, n, h, columns[tile]][...] = of_chunk(sum_s[tile]) + lost
+            scores = jnp.where(levels.i == levels.j, call.dot(*((q_s[tile], k_s[tile].T) for tile in tiles)), 0.0)
+
+            def level(n, scores):
+                size = jnp.int32(1) << n
+                plgpu.commit_smem()  # the level before has been read
+                for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
+                    z_s[tile][...] = levels.mixed(factor, size, load(q_s[tile]), load(k_s[tile]))
+                plgpu.commit_smem()
+                return jnp.where(levels.pairs(size), call.dot(*((z_s[tile], z_s[tile].T) for tile in tiles)), scores)
+
+            # A loop, so that what one level loads is not kept for the next: registers are short.
+            scores = lax.fori_loop(0, LEVELS, level, scores) * scale
+            starts = None
+            if start is not None:
+                starts = by_row(load(rows_s, ROWS), (C, C))
+                scores = jnp.where(starts == by_column(load(columns_s, COLS), (C, C)), scores, 0.0)
+            for tile, before, after in zip(tiles, levels.before(sum_s), levels.after(sum_s), strict=True):
+                before = before * scale
+                if start is not None:
+                    before = jnp.where(starts < 0, before, 0.0)
+                    after = jnp.where(starts == rows_s[C - 1], after, 0.0)
+                q_s[tile][...] = (load(q_s[tile]).astype(F32) * before).astype(dtype)
+                k_s[tile][...] = (load(k_s[tile]).astype(F32) * after).astype(dtype)
+            plgpu.commit_smem()
+            z_s[0][...] = scores.astype(dtype)
+            plgpu.commit_smem()
+            for tile in tiles:
+                plgpu.copy_smem_to_gmem(q_s[tile], qb_ref.at[b, tokens, h, columns[tile]])
+                plgpu.copy_smem_to_gmem(k_s[tile], ka_ref.at[b, tokens, h, columns[tile]])
+            plgpu.copy_smem_to_gmem(z_s[0], p_ref.at[b, n, h])
+
+        fetch_decays(jnp.int32(0))
+        lax.fori_loop(0, count, turn, None)
         plgpu.wait_smem_to_gmem(0)
 
-    grid = {"h": H, "n": N, "b": B}
-    return call(body, "linear_attention_channels_scores", grid, operands, out_type, scratch, 1)
+    name = "linear_attention_channels_scores"
+    return call(body, name, {"i": blocks}, operands, out_type, scratch, 1, barriers=False, sums=False)
 
 
 def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, emit=False, reverse=False):
     """`_walk` for a decay of every channel, whose factors `_prepare_channels` has applied: h <- total h + y^T x.
 
     Args:
-      x: [B, T, H, K]; y: [B, T, H, V]; total: [B, H, N, K], as powers of 2.
-      q, scores: also return q h + P y, or in reverse q h + P^T y, with scores P [B, H, N, C, C].
+      x: [B, T, H, K]; y: [B, T, H, V]; total: [B, N, H, K], as powers of 2.
+      q, scores: also return q h + P y, or in reverse q h + P^T y, with scores P [B, N, H, C, C].
       emit: also return the state at every chunk [B, N, H, V, K] in x's dtype, before it takes part.
     """
     B, T, H, K = x.shape
@@ -501,10 +517,10 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
             plgpu.copy_gmem_to_smem(x_ref.at[b, tokens, h], x_s.at[slot], bar)
             for i in range(wgs):
                 plgpu.copy_gmem_to_smem(y_ref.at[b, tokens, h, pl.ds(values[i], C)], y_s.at[slot, i], bar)
-            plgpu.copy_gmem_to_smem(total_ref.at[b, h, at], total_s.at[slot], bar)
+            plgpu.copy_gmem_to_smem(total_ref.at[b, at, h], total_s.at[slot], bar)
             if outputs:
                 plgpu.copy_gmem_to_smem(q_ref.at[b, tokens, h], q_s.at[slot], bar)
-                plgpu.copy_gmem_to_smem(p_ref.at[b, h, at], p_s.at[slot], bar)
+                plgpu.copy_gmem_to_smem(p_ref.at[b, at, h], p_s.at[slot], bar)
 
         def step(n, slot, st):
             x_c, y_c = x_s.at[slot], y_s.at[slot, wg]
@@ -553,16 +569,16 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, g)]
     scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(4, V, dtype)
     scratch |= {
-        "sum_s": swizzled((C, C), jnp.float16), "common_s": plgpu.SMEM((C,), F32),
-        "ready": plgpu.Barrier(num_arrivals=2 + (0 if start is None else 2)),
+        "sum_s": swizzled((C, C), jnp.float16), "common_s": swizzled((C, C), dtype),
+        "ready": plgpu.Barrier(num_arrivals=2 + (start is not None)),
     }  # fmt: skip
     operands = [q, k, v, do, g, h, dh]
     if start is not None:
         operands.append(start)
-        scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
+        scratch["columns_s"] = plgpu.SMEM((C,), F32)
 
     def body(q_ref, k_ref, v_ref, do_ref, g_ref, h_ref, dh_ref, *refs, q_s, k_s, tiles_s, sum_s, common_s, full, ready,
-             rows_s=None, columns_s=None):
+             columns_s=None):
         refs = list(refs)
         start_ref = refs.pop(0) if start is not None else None
         dq_ref, dk_ref, dg_ref = refs
@@ -573,20 +589,17 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         def fetch():
             for ref, to in ((q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, columns], to, ready)
-            for to in (rows_s, columns_s):
-                if to is not None:
-                    plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, ready)
+            if start is not None:
+                plgpu.copy_gmem_to_smem(start_ref.at[b, n], columns_s, ready)
+            g = powers(of_memory(g_ref.at[b, tokens, hd, columns]))
+            sum_s[...] = g.astype(jnp.float16)
 
         def products(do_s, v_s, h_s, dh_s):
             return (do_s, v_s.T), (v_s, do_s.T), (do_s, h_s), (v_s, dh_s)
 
-        g = powers(plgpu.load(g_ref.at[b, tokens, hd, columns], layout=WGMMA, optimized=False))
-        sum_s[...] = g.astype(jnp.float16)
-        total = jnp.exp2(jnp.sum(g, axis=0))
-        [pairs, turned, dq_state, dk_later], common = over_values(
+        pairs, turned, dq_state, dk_later = over_values(
             call, V, [ref.at[b, tokens, hd] for ref in (do_ref, v_ref)],
-            [ref.at[b, n, hd, pl.ds(0, V), columns] for ref in (h_ref, dh_ref)], tiles_s, full, products,
-            lambda h, dh: jnp.sum(h * dh, axis=0), fetch,
+            [ref.at[b, n, hd, pl.ds(0, V), columns] for ref in (h_ref, dh_ref)], tiles_s, full, products, common_s, fetch,
         )  # fmt: skip
         plgpu.barrier_wait(ready)
         z_s = tiles_s[0][0]  # which is free now
@@ -596,26 +609,33 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
         both = jnp.where(i >= j, pairs, turned) * scale
         starts = None
         if start is not None:
-            starts = by_row(load(rows_s, ROWS), (C, C))
+            starts, last = by_row(of_memory(start_ref.at[b, n], ROWS), (C, C)), start_ref[b, n, C - 1]
             both = jnp.where(starts == by_column(load(columns_s, COLS), (C, C)), both, 0.0)
         own = by_row(jnp.sum(jnp.where(i == j, both, 0.0), axis=1), (C, C))
         both = both.astype(dtype)
-        [before], [after] = levels.before([sum_s]), levels.after([sum_s])
+        # One after the other: registers are short.
+        [before] = levels.before([sum_s])
         before = before * scale
         if start is not None:
             before = jnp.where(starts < 0, before, 0.0)
-            after = jnp.where(starts == rows_s[C - 1], after, 0.0)
-            total = total * jnp.where(rows_s[C - 1] < 0, 1.0, 0.0)
+        dq = before * dq_state + own * load(k_s).astype(F32)
+        [after] = levels.after([sum_s])
+        if start is not None:
+            after = jnp.where(starts == last, after, 0.0)
         dk_later = after * dk_later
-        # What the leaving state and its cotangent have in common.
-        common_s[...] = jnp.sum(dk_later * load(k_s).astype(F32), axis=0) + total * common
-        dq, dk = before * dq_state + own * load(k_s).astype(F32), dk_later + own * load(q_s).astype(F32)
+        [total] = levels.total([sum_s])
+        if start is not None:
+            total = total * jnp.where(last < 0, 1.0, 0.0)
+        # Numbers whose sums over the rows are what the leaving state and its cotangent have in common.
+        common_s[...] = (dk_later * load(k_s).astype(F32) + total * load(common_s).astype(F32)).astype(dtype)
+        dk = dk_later + own * load(q_s).astype(F32)
 
         def level(n, gradients):
             dq, dk = gradients
             size = jnp.int32(1) << n
             right = levels.right(size)
             [factor] = levels.factors([sum_s], size)
+            plgpu.commit_smem()  # the level before has been read
             z_s[...] = levels.mixed(factor, size, load(q_s), load(k_s))
             plgpu.commit_smem()
             d_mixed = factor * call.dot((both * levels.partners(size), z_s))
@@ -623,23 +643,23 @@ def _gradients_channels(call, q, k, v, do, g, start, h, dh, *, scale):
 
         dq, dk = lax.fori_loop(0, LEVELS, level, (dq, dk))
         flow = load(q_s).astype(F32) * dq - load(k_s).astype(F32) * dk
-        plgpu.commit_smem()
         q_s[...] = dq.astype(dtype)
         k_s[...] = dk.astype(dtype)
+        # Of the flow a token has the sum from it on; what is common is taken off where both are summed.
+        plgpu.commit_smem()
+        z_s[...] = (flow + load(common_s).astype(F32)).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_s, dq_ref.at[b, tokens, hd, columns])
         plgpu.copy_smem_to_gmem(k_s, dk_ref.at[b, tokens, hd, columns])
-        # Sums of the flow over the tokens from each on.
-        z_s[...] = flow.astype(dtype)
-        plgpu.commit_smem()
-        dg = call.dot((jnp.where(i <= j, 1.0, 0.0).astype(dtype), z_s)) + by_column(load(common_s, COLS), (C, C))
+        later = jnp.where(i <= j, 1.0, 0.0).astype(dtype)
+        dg = call.dot((later, z_s), (1 - later, common_s))
         if start is not None:
             dg = jnp.where(starts == i.astype(F32), 0.0, dg)
         dg_ref.at[b, tokens, hd, columns][...] = dg
         plgpu.wait_smem_to_gmem(0)
 
-    grid = {"h": H * (K // C), "n": T // C, "b": B}
-    return call(body, "linear_attention_channels_backward", grid, operands, out_type, scratch, 1)
+    grid = {"b": B, "n": T // C, "h": H * (K // C)}
+    return call(body, "linear_attention_channels_backward", grid, operands, out_type, scratch, 1, barriers=False, sums=False)
 
 
 def _segment_decays(log_decay, reset, segments, each):
@@ -720,15 +740,16 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save, interpret=False):
     """
     call, given = Call(interpret), (v,)
     q, k, v = rounded(PAIR, q, k, v)
-    unit = PAIR
+    channels, unit = None, PAIR
     if _is_vector(log_decay):
-        q, k, scores, total = _prepare_channels(call, q, k, *channels_of(log_decay, reset, q.shape[1]), scale=scale)
+        channels = _prepare_channels(call, q, k, *channels_of(log_decay, reset, q.shape[1]), scale=scale)
+        q, k, scores, total = channels
         walk, unit = partial(_walk_channels, call, k, v, total, scores=scores), C
     else:
         walk = partial(_walk, call, k, v, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
     decays = partial(_segment_decays, log_decay, reset)
-    final, o, saved = _walked(walk, state, decays, v.shape, unit, q=q, emit=save)
-    return *as_given(given, o), final, saved
+    final, o, states = _walked(walk, state, decays, v.shape, unit, q=q, emit=save)
+    return *as_given(given, o), final, (states, channels) if save else None
 
 
 def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=False):
@@ -744,18 +765,19 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, interpret=
     """
     call, length, given = Call(interpret), q.shape[1], (q, k, v)
     q, k, v, do = rounded(PAIR, q, k, v, do)
+    states, channels = saved
     decays = partial(_segment_decays, log_decay, reset)
     if _is_vector(log_decay):
         g, start = channels_of(log_decay, reset, q.shape[1])
-        scaled_q, scaled_k, scores, total = _prepare_channels(call, q, k, g, start, scale=scale)
+        scaled_q, scaled_k, scores, total = channels
         walk = partial(_walk_channels, call, scaled_q, do, total, scores=scores)
         d_state, dv, d_leaving = _walked(walk, d_final, decays, v.shape, C, q=scaled_k, emit=True, reverse=True)
-        dq, dk, dg = _gradients_channels(call, q, k, v, do, g, start, saved, d_leaving, scale=scale)
+        dq, dk, dg = _gradients_channels(call, q, k, v, do, g, start, states, d_leaving, scale=scale)
         return *as_given(given, dq, dk, dv), dg[:, :length], d_state
     walk = partial(_walk, call, q, do, decay_rows(log_decay, reset, q.shape[1], C), scale=scale)
     d_state, _, d_leaving = _walked(walk, d_final, decays, v.shape, PAIR, emit=True, reverse=True)
     rows = decay_rows(log_decay, reset, q.shape[1], PAIR)
-    dq, dk, dv, *sums = _gradients(call, q, k, v, do, rows, saved, d_leaving, scale=scale)
+    dq, dk, dv, *sums = _gradients(call, q, k, v, do, rows, states, d_leaving, scale=scale)
     dg = None
     if log_decay is not None:
         flow, common = sums

@@ -27,13 +27,14 @@ INTERPRETER_AND_GPU = pytest.mark.parametrize("interpret", [pytest.param(True, i
 
 # Of an op whose kernels take 64 key and value channels, on one GPU, on eight virtual ones and on those that are there.
 ONE_AND_SEVERAL = pytest.mark.parametrize(
-    ("T", "H", "mesh", "interpret"),
+    ("kind", "T", "H", "mesh", "interpret"),
     [
-        (150, 1, None, True),
-        pytest.param(70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
-        pytest.param(150, 4, None, False, marks=pytest.mark.gpu),
+        ("scalar", 150, 1, None, True),
+        pytest.param("scalar", 70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
+        pytest.param("vector", 70, 4, {"data": 2, "tensor": 4}, True, marks=pytest.mark.slow),
+        pytest.param("scalar", 150, 4, None, False, marks=pytest.mark.gpu),
     ],
-    ids=["one device", "split rows and heads", "device"],
+    ids=["one device", "split rows and heads", "split rows and heads, channels", "device"],
 )
 
 SMEM = IDX_BY_GPU_MEMORY_SPACE[plgpu.SMEM]

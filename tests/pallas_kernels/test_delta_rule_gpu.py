@@ -119,10 +119,10 @@ def test_later_tokens_change_no_earlier_bit(kind, interpret):
 
 
 @interpreters.ONE_AND_SEVERAL
-def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
+def test_the_op_calls_the_kernel(kind, T, H, mesh, interpret, monkeypatch):
     if mesh:
         interpreters.let_gpus_differ(monkeypatch)
-    (q, k, v, beta, g), *_ = arrays("scalar", T, H, 64, 64, B=2, dtype="bfloat16")
+    (q, k, v, beta, g), *_ = arrays(kind, T, H, 64, 64, B=2, dtype="bfloat16")
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, T)), axis=1))
     calls = []
     forward = gpu.forward
@@ -130,7 +130,7 @@ def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
 
     def loss(form):
         def of(q, k, v, beta, g):
-            o, state = delta_rule(q, k, v, beta[..., 0], g[..., 0], segment_ids=ids, form=form)
+            o, state = delta_rule(q, k, v, beta[..., 0], g if kind == "vector" else g[..., 0], segment_ids=ids, form=form)
             return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.sin(state)), (o, state)
 
         (_, out), gradients = jax.jit(jax.value_and_grad(of, range(5), has_aux=True))(q, k, v, beta, g)
@@ -173,10 +173,10 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
 )
 # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-SPILLS = {"delta_rule_forward": 18, "delta_rule_backward": 9, "delta_rule_channels_backward": 460}
+SPILLS = {"delta_rule_forward": 18, "delta_rule_backward": 9, "delta_rule_channels_backward": 225}
 SPILLS_OF_256 = {
-    "delta_rule_forward": 335, "delta_rule_backward_states": 215, "delta_rule_backward": 9, "delta_rule_channels_scores": 27,
-    "delta_rule_channels_forward": 458, "delta_rule_channels_backward_states": 128, "delta_rule_channels_backward": 608,
+    "delta_rule_forward": 335, "delta_rule_backward_states": 215, "delta_rule_backward": 9, "delta_rule_channels_scores": 44,
+    "delta_rule_channels_forward": 458, "delta_rule_channels_backward_states": 128, "delta_rule_channels_backward": 300,
 }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_compiles_for_hopper(kind, direction):
     case = {"op": "delta_rule", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
     names = {"forward": ["forward", "inverses"], "backward": ["backward", "backward_states"]}[direction]
     if kind == "vector":
-        names = {"forward": ["forward", "scores"], "backward": ["backward", "backward_states", "scores"]}[direction]
+        names = {"forward": ["forward", "scores"], "backward": ["backward", "backward_states"]}[direction]
         names = [f"channels_{name}" for name in names] + ["inverses"] * (direction == "forward")
     # With one row and few heads value channels have blocks of their own, and time has segments.
     large = ({"K": 256, "V": 512}, {"K": 256, "resets": True})

@@ -106,10 +106,10 @@ def test_later_tokens_change_no_earlier_bit(kind, interpret):
 
 
 @interpreters.ONE_AND_SEVERAL
-def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
+def test_the_op_calls_the_kernel(kind, T, H, mesh, interpret, monkeypatch):
     if mesh:
         interpreters.let_gpus_differ(monkeypatch)
-    (q, k, v, g), *_ = arrays("scalar", T, H, 64, 64, B=2, dtype="bfloat16")
+    (q, k, v, g), *_ = arrays(kind, T, H, 64, 64, B=2, dtype="bfloat16")
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(4, size=(2, T)), axis=1))
     calls = []
     forward = gpu.forward
@@ -117,7 +117,7 @@ def test_the_op_calls_the_kernel(T, H, mesh, interpret, monkeypatch):
 
     def loss(form):
         def of(q, k, v, g):
-            o, state = linear_attention(q, k, v, g[..., 0], segment_ids=ids, form=form)
+            o, state = linear_attention(q, k, v, g if kind == "vector" else g[..., 0], segment_ids=ids, form=form)
             return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.sin(state)), (o, state)
 
         (_, out), gradients = jax.jit(jax.value_and_grad(of, (0, 1, 2, 3), has_aux=True))(q, k, v, g)
@@ -190,21 +190,22 @@ def test_compiles_for_hopper(kind, direction):
     case = {"op": "linear_attention", "platform": "gpu", "direction": direction, "decay": kind, "B": 16, "T": 2048, "H": 16}
     names = {"forward": ["forward"], "backward": ["backward", "backward_states"]}[direction]
     # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-    spills = {"linear_attention_backward": 44, "linear_attention_channels_backward": 200}
-    spills_of_all_seen = {"linear_attention_channels_backward": 66}
+    spills = {
+        "linear_attention_backward": 44, "linear_attention_channels_scores": 53, "linear_attention_channels_backward": 141,
+    }  # fmt: skip
     spills_of_256 = {
-        "linear_attention_forward": 250, "linear_attention_backward": 44, "linear_attention_channels_backward": 250,
-        "linear_attention_channels_scores": 9,
+        "linear_attention_forward": 250, "linear_attention_backward": 44, "linear_attention_channels_scores": 273,
+        "linear_attention_channels_backward": 154,
     }  # fmt: skip
     if kind == "vector":
-        names = [f"channels_{name}" for name in (*names, "scores")]
+        names = [f"channels_{name}" for name in (*names, *(["scores"] if direction == "forward" else []))]
     large = ({"K": 256, "V": 512}, {"K": 256, "resets": True})
     for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}, *large):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
         assert sorted(kernel["name"] for kernel in found) == sorted(f"linear_attention_{name}" for name in names)
         for kernel in found:
-            limits = spills_of_256 if change in large else spills if change else spills_of_all_seen
-            assert kernel["spill_bytes"] <= limits.get(kernel["name"], 0), (change, kernel)
+            limit = (spills_of_256 if change in large else spills).get(kernel["name"], 0)
+            assert kernel["spill_bytes"] <= (limit if change or kind == "vector" else 0), (change, kernel)
 
 
 @pytest.mark.aot
