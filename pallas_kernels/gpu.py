@@ -106,8 +106,8 @@ class Call:
         """Call a kernel.
 
         Args:
-          barriers: without, those of its own have to keep every store to memory away from matrix products of the other warps
-            that still read there.
+          barriers: without, those of its own have to keep every store to memory away from matrix products, loads of rows by
+            other warps and copies that read there.
           sums: without, it has none over the rows of an array, nor memory for that (2 KB).
         """
         names, sizes = zip(*grid.items(), strict=True)

@@ -246,11 +246,11 @@ def _prepare_channels(call, q, k, g, start, *, scale, save):
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
         levels = Levels(call, low)
-        plgpu.barrier_wait(full)
         for tile in tiles:
             g_c = powers(of_memory(g_ref.at[b, tokens, h, columns[tile]]))
             sum_s[tile][...] = g_c.astype(jnp.float16)
         plgpu.commit_smem()
+        plgpu.barrier_wait(full)
         lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
         for tile in tiles:
             total_s.at[columns[tile]][...] = of_chunk(sum_s[tile]) + lost

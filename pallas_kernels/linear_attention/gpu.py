@@ -368,7 +368,7 @@ def _prepare_channels(call, q, k, g, start, *, scale):
     B, T, H, K = q.shape
     N, tiles = T // C, range(K // C)
     items = B * N * H
-    blocks = min(items, (2 if K <= PAIR else 1) * gpu.SMS)  # as many as memory holds
+    blocks = min(items, (2 if K <= PAIR else 1) * gpu.SMS)  # as many as registers and memory hold
     dtype = q.dtype
     scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "z_s")}
     scratch |= {
