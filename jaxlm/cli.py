@@ -183,6 +183,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config(sub)
     sub.add_argument("--rows", type=numbers, metavar="N,M", help="batch sizes to try (default: 64 and its halves)")
     sub.add_argument("--steps", type=int, default=5, help="steps of a timed group, of which there are 5 (default %(default)s)")
+    sub.add_argument("--kernels-only", action="store_true", help="measure nothing without kernels")
 
     sub = bench(
         "tasks", bench_tasks_command, "what small models of each mixer can recall and track",
@@ -356,7 +357,10 @@ def bench_training_command(arguments: argparse.Namespace) -> None:
 
     path, overrides = split_config_words(arguments.config)
     config = load_config(path, overrides).config
-    training.run(arguments.output, config, rows=arguments.rows, steps=arguments.steps, quick=arguments.quick)
+    training.run(
+        arguments.output, config, rows=arguments.rows, steps=arguments.steps, quick=arguments.quick,
+        kernels_only=arguments.kernels_only,
+    )  # fmt: skip
 
 
 def bench_kernels_command(arguments: argparse.Namespace) -> None:

