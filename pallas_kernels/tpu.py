@@ -22,6 +22,7 @@ VALUE_DIMS = (*KEY_DIMS, 512)
 CHIPS = ("v4", "v5", "v6", "7x")
 # exp(-128) is 0 in float32 and sums of 128 of them are finite, where those of -inf are not.
 FLOOR = -128.0
+TILE, LANES = 8, 128  # rows and columns of a register of 32-bit numbers
 MOST_HEADS = 8  # a grid step, for the sake of its memory
 MEMORY = 15 * 2**20  # that `step_bytes` may be: kernels have 16 MiB on v4 and v5
 
@@ -55,15 +56,15 @@ def step_bytes(n: int, K: int, V: int, itemsize: int, vector: bool) -> int:
     C, levels = 128, 7
 
     def lanes(width: int) -> int:
-        return -(-width // 128) * 128
+        return -(-width // LANES) * LANES
 
     queries, values, state = lanes(n * K), lanes(n * V), n * V * lanes(K)
     blocks = C * itemsize * (4 * queries + 3 * values) + state * (itemsize + 2 * 4)  # q, k, dq, dk; v, do, dv; states
     scratch = state * 4 + n * 3 * 2**18
     if vector:
         blocks += C * 4 * 2 * queries  # g, dg
-        tokens = 4 * (2 * (levels - 2) + levels + 3) + 2 * itemsize * levels  # sums, factor, d_qk; z and z_keys
-        scratch += n * C * (lanes(K) * tokens + 4 * 4 * C)
+        tokens = 4 * (3 + 3 + 2 + 3) + 2 * itemsize * levels  # scaled, factor, within, d_qk; z and z_keys
+        scratch += n * C * (lanes(K) * tokens + 4 * 4 * C) + n * (levels - 2) * C // TILE * lanes(K) * 4  # tables; tiles
     return 2 * blocks + scratch
 
 
@@ -208,17 +209,19 @@ class Masks:
         """Pairs that part at a block of 2s tokens."""
         return (self.apart >= s) & (self.apart < 2 * s) & self.causal
 
-    def with_resets(self, before, after, total):
-        """Products of decays up to each token, after it, and over the chunk, which a reset makes zero."""
+    def reading(self, before):
+        """`before`, or 1, for tokens that read the entering state, else 0."""
+        return before if self.first is None else jnp.where(self.first, jnp.float32(1) if before is None else before, 0)
+
+    def written(self, after):
+        """`after`, or 1, for tokens that write the leaving state, else 0."""
+        return after if self.last is None else jnp.where(self.last, jnp.float32(1) if after is None else after, 0)
+
+    def surviving(self, total):
+        """`total`, or 1, if the chunk has no reset, else 0."""
         if self.first is None:
-            return before, after, total
-        one = jnp.float32(1)
-        before, after, total = (one if x is None else x for x in (before, after, total))
-        return (
-            jnp.where(self.first, before, 0),
-            jnp.where(self.last, after, 0),
-            jnp.where(self.first[self.size - 1 :], total, 0),
-        )
+            return total
+        return jnp.where(self.first[self.size - 1 :], jnp.float32(1) if total is None else total, 0)
 
 
 class Shared:
@@ -235,7 +238,8 @@ class Shared:
             between, after = (reduce(add, map(sub, x, y)) for x, y in ((columns, rows), (lasts, columns)))
             self.weights = jnp.exp(jnp.where(masks.seen, between, -jnp.inf))
             self.before, self.after, self.total = jnp.exp(reduce(add, columns)), jnp.exp(after), jnp.exp(reduce(add, lasts))
-        self.before, self.after, self.total = masks.with_resets(self.before, self.after, self.total)
+        self.before, self.after = masks.reading(self.before), masks.written(self.after)
+        self.total = masks.surviving(self.total)
 
     def scores(self, q, k):
         """P without its scale."""

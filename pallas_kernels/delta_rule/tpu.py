@@ -45,8 +45,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import (
+    LANES,
     NN,
     NT,
+    TILE,
     TN,
     Layout,
     Masks,
@@ -66,7 +68,6 @@ from pallas_kernels.tpu_channels import Channels, sums_from
 __all__ = ["CHUNK", "SAVED_AXES", "backward", "declines", "forward"]
 
 CHUNK = 128  # suits the matrix units
-TILE = 8  # rows of a register
 
 # The logical axes of what `forward` saves.
 SAVED_AXES = ("batch", None, "heads", None, None)
@@ -91,7 +92,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
       None.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
-    layout = Layout(q, v, _heads(q, v, 4), chunk or _chunk(q, vector))
+    layout = Layout(q, v, _heads(q, v, vector=vector, backward=False), chunk or _chunk(q, vector))
     shape = jax.ShapeDtypeStruct
     entering = jnp.swapaxes(state, -1, -2)
     outputs = {
@@ -122,7 +123,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
       float32.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
-    layout = Layout(q, v, _heads(q, v, 2 if vector else 4), chunk or _chunk(q, vector), reverse=True)
+    layout = Layout(q, v, _heads(q, v, vector=vector, backward=True), chunk or _chunk(q, vector), reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
     d_leaving = jnp.swapaxes(d_final, -1, -2)
     inputs = prepared(layout, q, k, v, log_decay, reset) | {
@@ -162,10 +163,14 @@ def _chunk(q, vector: bool) -> int:
     return CHUNK // 2 if vector and q.shape[-1] * q.dtype.itemsize > 512 else CHUNK
 
 
-def _heads(q, v, most: int) -> int:
-    """How many go side by side: `most` of 128 channels in bfloat16, fewer where they would not fit the chip's memory."""
-    a_head = (q.shape[-1] + v.shape[-1]) * q.dtype.itemsize
-    return heads_a_step(q.shape[2], q.shape[3], v.shape[3], min(most, max(1, most * 512 // a_head)))
+def _heads(q, v, *, vector: bool, backward: bool) -> int:
+    """How many go side by side: four of 128 channels in bfloat16, and as many of others as fit the memory of v4."""
+    H, K, V = *q.shape[2:], v.shape[3]
+    if vector and backward:
+        most = 4 if max(K, V, LANES) * q.dtype.itemsize <= 256 else 1
+    else:
+        most = max(1, min(4, 4 * 512 // ((K + V) * q.dtype.itemsize)))
+    return heads_a_step(H, K, V, most)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:
@@ -201,8 +206,7 @@ class _Cotangents:
         decay, dtype = chunk.decay, chunk.q.dtype
         self.h_low = dh.astype(dtype)
         # What meets states, as products take it: dg is a difference of sums that cancel, so both have the same roundings.
-        self.q_reads = scaled(chunk.q, times(decay.before, jnp.float32(scale)))
-        self.k_reads, self.k_writes = scaled(chunk.k, decay.before), scaled(chunk.k, decay.after)
+        self.q_reads, self.k_reads, self.k_writes = decay.at_states(scale, chunk)
         scores = (scale * decay.query_scores).astype(dtype)
         self.written = dot(scores, do, TN) + dot(self.k_writes, self.h_low, NT)
 
@@ -239,6 +243,11 @@ class _Shared(Shared):
     def query_scores(self):
         return self.unweighted * self.seen
 
+    def at_states(self, scale, chunk: _Chunk):
+        """Queries and keys as they read the entering state, keys as they are written into the leaving one."""
+        q = scaled(chunk.q, times(self.before, jnp.float32(scale)))
+        return q, scaled(chunk.k, self.before), scaled(chunk.k, self.after)
+
     def write(self, k, written):
         """What leaves with the state."""
         return _product(_parts(times(self.after, written), k.dtype), [k], TN)
@@ -258,11 +267,14 @@ class _Channels(Channels):
     def __init__(self, refs, head: int, n: int, masks: Masks, chunk: _Chunk):
         super().__init__(refs, head, n, masks)
         self.query_scores, self.key_scores = self.scores()
-        reads = dot(jnp.concatenate([scaled(x, self.before) for x in (chunk.q, chunk.k)]), chunk.h, NT)
+        reads = dot(jnp.concatenate([self.q_reading, self.k_reading]).astype(chunk.q.dtype), chunk.h, NT)
         self.query_read, self.key_read = reads[: masks.size], reads[masks.size :]
 
+    def at_states(self, scale, chunk: _Chunk):
+        return tuple(x.astype(chunk.q.dtype) for x in (scale * self.q_reading, self.k_reading, self.k_written))
+
     def write(self, k, written):
-        return _product(_parts(written, k.dtype), [scaled(k, self.after)], TN)
+        return _product(_parts(written, k.dtype), [self.k_written.astype(k.dtype)], TN)
 
     def pullback(self, scale, chunk: _Chunk, do, d_A, dv):
         written, causal = chunk.written_low, self.masks.causal

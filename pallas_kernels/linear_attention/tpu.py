@@ -17,7 +17,7 @@ differences keep its digits) and weights are exp(b_i - b_j).
 Vector decays: scores factorise over a binary tree of blocks (as in `jaxlm.ops.linear_attention`): the pair (i, j) parts at
 one block of 2s tokens with i in its right half and j in its left, and the exponents are sums of g from j to the end of the
 left half and from the start of the right half to i, never differences: any decay is safe, and no factor that enters row i
-belongs to a later token. Every level is one matrix product of all tokens, of which the pairs of that level are kept.
+belongs to a later token. Every level is one matrix product, of which the pairs of that level are kept (`Channels`).
 
 Per token and head, K = V = 128, C = 128, bf16: forward 4 K V + 2 C (K + V) = 131k FLOPs on 1,028 bytes (vector: 1,536),
 backward 328k on 1,800 (2,816), besides 256 for the states written and as many read: at most 182 FLOPs a byte, below what any
@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu import (
+    LANES,
     NN,
     NT,
     TN,
@@ -77,7 +78,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int |
       None.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
-    layout = Layout(q, v, _heads(q, v, vector), chunk or CHUNK)
+    layout = Layout(q, v, _heads(q, v, vector=vector, backward=False), chunk or CHUNK)
     shape = jax.ShapeDtypeStruct
     entering = jnp.swapaxes(state, -1, -2)
     outputs = {
@@ -109,7 +110,7 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
       dq, dk, dv in the dtypes of q, k, v; dlog_decay float32 or None; the gradient of the initial state, float32.
     """
     kind = "none" if log_decay is None else "vector" if log_decay.shape[-1] > 1 else "scalar"
-    layout = Layout(q, v, _heads(q, v, kind == "vector"), chunk or CHUNK, reverse=True)
+    layout = Layout(q, v, _heads(q, v, vector=kind == "vector", backward=True), chunk or CHUNK, reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
     d_leaving = jnp.swapaxes(d_final, -1, -2)
     inputs = prepared(layout, q, k, v, log_decay, reset) | {
@@ -140,12 +141,15 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
     return dq, dk, dv, dg, jnp.swapaxes(results["d_state"], -1, -2)
 
 
-def _heads(q, v, vector: bool) -> int:
-    """How many go side by side, which hides latencies: two, or four of the long chains of a vector decay, where they fit the
-    memory of v4 (those of 64 channels, which are padded to 128 lanes, do not)."""
+def _heads(q, v, *, vector: bool, backward: bool) -> int:
+    """How many go side by side, which hides latencies: two; with decays of channels, whose chains are long, as many as fit the
+    memory of v4, so of 128 channels in bfloat16 eight forward and four backward."""
     H, K, V = *q.shape[2:], v.shape[3]
-    token = (K + V) * q.dtype.itemsize
-    most = (4 if K == V == 128 and token <= 512 else 1) if vector else (2 if token <= 2048 else 1)
+    a_head = (max(K, LANES) + max(V, LANES)) * q.dtype.itemsize
+    if vector:
+        most = max(1, (2048 if backward else 4096) // a_head)
+    else:
+        most = 2 if a_head <= 2048 else 1
     return heads_a_step(H, K, V, most)
 
 
@@ -174,7 +178,7 @@ def _forward_step(q, k, v, state, o, final, carry, saved=None, *, scale, n, **re
         inner = dot(scores.astype(vh.dtype), vh, NN)
         outer = weigh.read(qh, h.astype(qh.dtype))
         o[0, :, pl.ds(head * vh.shape[-1], vh.shape[-1])] = (scale * (inner + outer)).astype(o.dtype)
-        carry[head] = times(weigh.total, h) + dot(vh, scaled(kh, weigh.after), TN)
+        carry[head] = times(weigh.total, h) + dot(vh, weigh.written(kh), TN)
 
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():
@@ -200,8 +204,8 @@ def _backward_step(q, k, v, do, entering, d_final, dq, dk, dv, d_state, carry, d
         dqh = dqh + scale * times(weigh.before, dot(doh, h, NN))
         dk_later = times(weigh.after, dot(vh, dh_low, NN))
         dkh = dkh + dk_later
-        dvh = dot(scaled(kh, weigh.after), dh_low, NT) + dot(scores, doh, TN)
-        carry[head] = times(weigh.total, dh) + dot(doh, scaled(qh, times(weigh.before, jnp.float32(scale))), TN)
+        dvh = dot(weigh.written(kh), dh_low, NT) + dot(scores, doh, TN)
+        carry[head] = times(weigh.total, dh) + dot(doh, weigh.reading(qh, scale), TN)
         dq[0, :, pl.ds(head * keys, keys)] = dqh.astype(dq.dtype)
         dk[0, :, pl.ds(head * keys, keys)] = dkh.astype(dk.dtype)
         dv[0, :, pl.ds(head * values, values)] = dvh.astype(dv.dtype)
@@ -222,11 +226,32 @@ def _backward_step(q, k, v, do, entering, d_final, dq, dk, dv, d_state, carry, d
         d_state[0] = carry[...]
 
 
+class _Shared(Shared):
+    """One decay for all channels of K, or none."""
+
+    def written(self, k):
+        """Keys as they are written into the leaving state."""
+        return scaled(k, self.after)
+
+    def reading(self, q, scale):
+        """Queries as they read the entering one, with the scale."""
+        return scaled(q, times(self.before, jnp.float32(scale)))
+
+
 class _Channels(Channels):
-    """As `Shared` for a decay of every channel."""
+    """As `_Shared` for a decay of every channel."""
 
     def scores(self, q, k):
         return super().scores()[0]
+
+    def read(self, q, h):
+        return dot(self.q_reading.astype(q.dtype), h, NT)
+
+    def written(self, k):
+        return self.k_written.astype(k.dtype)
+
+    def reading(self, q, scale):
+        return (scale * self.q_reading).astype(q.dtype)
 
     def pullback(self, scale, q, k, v, do):
         scores = (scale * self.scores(q, k)).astype(q.dtype)
@@ -234,5 +259,5 @@ class _Channels(Channels):
         return scores, *self.gradients(d_scores)
 
 
-def _decay(refs: dict, head: int, n: int, masks: Masks) -> Shared | _Channels:
-    return _Channels(refs, head, n, masks) if "g" in refs else Shared(refs, head, masks)
+def _decay(refs: dict, head: int, n: int, masks: Masks) -> _Shared | _Channels:
+    return _Channels(refs, head, n, masks) if "g" in refs else _Shared(refs, head, masks)

@@ -15,7 +15,17 @@ from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.linear_attention import tpu
 from tests.pallas_kernels import interpreters
-from tests.pallas_kernels.linear_attention import KINDS, TOLERANCES, arrays, assert_close, of_both_dtypes, reference, steep
+from tests.pallas_kernels.linear_attention import (
+    KINDS,
+    NAMES,
+    TOLERANCES,
+    arrays,
+    assert_all_close,
+    assert_close,
+    of_both_dtypes,
+    reference,
+    steep,
+)
 from tests.pallas_kernels.recorded import assert_as_recorded
 
 
@@ -71,19 +81,22 @@ def test_whole_chunks_of_steep_decays_in_float32(kind):
 @pytest.mark.parametrize("kind", ["none", "scalar", pytest.param("vector", marks=pytest.mark.slow)])
 def test_no_races_and_nothing_uninitialised(kind):
     """The grid's parallel axes in random order on two cores, on memory filled with NaN."""
-    inputs, *rest = arrays(kind, 20, 2, 64, 64)
+    T, chunk = (40, 32) if kind == "vector" else (20, 16)  # with more than one level beyond a register's rows
+    inputs, *rest = arrays(kind, T, 2, 64, 64)
     with interpreters.no_races(kernels=2):
-        got = jax.block_until_ready(run(inputs, *rest, chunk=16, interpret=interpreters.TPU))
+        got = jax.block_until_ready(run(inputs, *rest, chunk=chunk, interpret=interpreters.TPU))
     assert_close(got, reference(inputs, *rest), "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_later_tokens_change_no_earlier_bit(kind):
-    inputs, reset, state, *_ = arrays(kind, 40, 2, 64, 64, dtype="bfloat16")
-    other = arrays(kind, 40, 2, 64, 64, dtype="bfloat16", seed=1)[0]
-    forward = jax.jit(partial(tpu.forward, 0.125, save=False, chunk=16, interpret=True))
-    o = forward(*inputs, reset, state)[0]
-    for t in (3, 16, 29):
+    T, chunk = (140, 128) if kind == "vector" else (40, 16)  # all levels that there are
+    inputs, reset, state, *rest = arrays(kind, T, 2, 64, 64, B=1, dtype="bfloat16")
+    other = arrays(kind, T, 2, 64, 64, B=1, dtype="bfloat16", seed=1)[0]
+    forward = jax.jit(partial(tpu.forward, 64**-0.5, save=False, chunk=chunk, interpret=True))
+    o, final, _ = forward(*inputs, reset, state)
+    assert_all_close((o, final), reference(inputs, reset, state, *rest)[:2], NAMES[:2], TOLERANCES["bfloat16"])
+    for t in (3, 16, 29, *((70, 129) if kind == "vector" else ())):
         changed = jax.tree.map(lambda x, y, t=t: jnp.concatenate([x[:, :t], y[:, t:]], axis=1), inputs, other)
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
@@ -155,5 +168,6 @@ def test_compiles_for(chip, kind, direction):
     assert_as_recorded(kernel, "bench_kernels/kernels.json", **of_it, tokens=2 * 4096 * 8)
     widest = {"K": 256, "V": 512, "H": 4, "dtype": "float32", "resets": True, "T": 256}
     narrow = {"K": 64, "V": 64, "dtype": "float32", "resets": True, "T": 256}  # of which most go side by side
-    for change in ({"resets": True}, widest, narrow, {"K": 64, "V": 256, "T": 512}):
+    largest = {"K": 256, "V": 256, "resets": True, "T": 256}
+    for change in ({"resets": True}, widest, narrow, largest, {"K": 64, "V": 256, "T": 512}):
         aot.report(chip, CASE, case | change)
