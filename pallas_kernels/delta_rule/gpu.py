@@ -14,13 +14,15 @@ With dh, the cotangent of the state that leaves,
 and the loss knows beta from its products with the keys that are written alone: with w_j the cotangent of beta_j k_j there,
 dbeta_j = k_j w_j. The kernels:
 
-- inverses: every chunk on its own, R. The inverse doubles its blocks: with X that of the blocks of s tokens and A_s the part of
-  A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s. Products skip the blocks of 16 tokens that are 0.
-- forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u, r
-  and what is written, which enter the next product from there. Another one follows with the outputs where blocks are few. For
-  training it also writes h and r of every chunk. But for one decay of every head P is a sum of two numbers in its product.
-- backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores come from
-  another warpgroup.
+- inverses: every chunk on its own, R, in float16. The inverse doubles its blocks: with X that of the blocks of s tokens and A_s
+  the part of A = S beta that joins two of them, X - X A_s X is that of the blocks of 2s. Products skip the blocks of 16 tokens
+  that are 0.
+- forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u
+  (what R multiplies), r and what is written, which enter the next product from there. Another one follows with the outputs
+  where blocks are few. For training it also writes h and r of every chunk. Where keys are alike, what tokens write alternates
+  in sign and its rounding shows, so u, R, r and P are float16.
+- backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores, and R in
+  bfloat16, come from another warpgroup.
 - backward: every chunk on its own, for dq, dk, dbeta and the flow of the decays, by blocks that go through many with the copies
   of the next one under way.
 
@@ -80,6 +82,8 @@ __all__ = ["SAVED_AXES", "backward", "declines", "forward"]
 # The first logical axes of every array that `forward` saves.
 SAVED_AXES = ("batch", None, "heads")
 
+# Of what a forward makes of its inputs: its rounding is an eighth of bfloat16's. Gradients, of any size, need the wide one.
+HALF = jnp.float16
 SMALL = 16  # tokens of the smallest blocks that matrix products join
 FEWEST = 8  # chunks of a segment of time
 
@@ -97,7 +101,6 @@ def _inverse(call, A, a_s, x_s):
     Returns:
       the blocks of 16 columns, float16.
     """
-    low = jnp.float16
     i, j = iota((C, SMALL), 0), iota((C, SMALL), 1)
     blocks, i = range(C // SMALL), i & (SMALL - 1)
     of_row = iota((C, SMALL), 0) >> SMALL.bit_length() - 1
@@ -111,38 +114,38 @@ def _inverse(call, A, a_s, x_s):
 
     own = None
     for block, (x, to) in enumerate(zip(A, a_s, strict=True)):
-        to[...] = x.astype(low)
+        to[...] = x.astype(HALF)
         own = x if own is None else jnp.where(of_row == block, x, own)
     # The blocks of the diagonal, one below the other.
-    inverse = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -own, 0.0)).astype(low)
+    inverse = jnp.where(i == j, 1.0, jnp.where(((i ^ j) == 1) & (i > j), -own, 0.0)).astype(HALF)
     for level in range(1, SMALL.bit_length() - 1):
         size, blocks_s = 1 << level, x_s[level % 2]
         blocks_s[...] = inverse
         plgpu.commit_smem()
-        half = call.dot(*((only(inverse, n), rows(a_s[n], n)) for n in blocks)).astype(low)
+        half = call.dot(*((only(inverse, n), rows(a_s[n], n)) for n in blocks)).astype(HALF)
         joined = call.dot(*((only(half, n), rows(blocks_s, n)) for n in blocks))
         # X has blocks of `size` tokens alone, so of its product with all of A and itself those parts that join two of them are
         # as with A_s; above the diagonal it is 0.
-        inverse = inverse + jnp.where(((i ^ j) & -size) == size, -joined, 0.0).astype(low)
+        inverse = inverse + jnp.where(((i ^ j) & -size) == size, -joined, 0.0).astype(HALF)
     x_s[0][...] = inverse
     plgpu.commit_smem()
     X = [only(inverse, n) for n in blocks]
     halves = call.dots([zero, zero], (X[1], rows(a_s[0], 1)), (X[3], rows(a_s[2], 3)))
-    joined = call.dots([zero, zero], *((half.astype(low), rows(x_s[0], n)) for half, n in zip(halves, (0, 2), strict=True)))
-    X[0], X[2] = X[0] - joined[0].astype(low), X[2] - joined[1].astype(low)
+    joined = call.dots([zero, zero], *((half.astype(HALF), rows(x_s[0], n)) for half, n in zip(halves, (0, 2), strict=True)))
+    X[0], X[2] = X[0] - joined[0].astype(HALF), X[2] - joined[1].astype(HALF)
     x_s[1][...] = X[0]
     plgpu.commit_smem()
-    halves = [call.dot((X[2], rows(a_s[n], 2)), (X[3], rows(a_s[n], 3))).astype(low) for n in range(2)]
-    X[0] = X[0] - call.dot((halves[0], rows(x_s[0], 0)), (halves[1], rows(x_s[1], 1))).astype(low)
-    X[1] = X[1] - call.dot((halves[1], rows(x_s[0], 1))).astype(low)
+    halves = [call.dot((X[2], rows(a_s[n], 2)), (X[3], rows(a_s[n], 3))).astype(HALF) for n in range(2)]
+    X[0] = X[0] - call.dot((halves[0], rows(x_s[0], 0)), (halves[1], rows(x_s[1], 1))).astype(HALF)
+    X[1] = X[1] - call.dot((halves[1], rows(x_s[0], 1))).astype(HALF)
     return X
 
 
 def _inverses(call, beta, *, k=None, rows=None, scores=None):
-    """R [B, N, H, C, C] bfloat16.
+    """R [B, N, H, C, C] float16.
 
-    In float16, whose errors are those of bfloat16 by 8: where beta |k|^2 <= 2, as it must be lest states explode, entries of R
-    are at most 2, and what float16 cannot hold becomes infinite.
+    Where beta |k|^2 <= 2, as it must be lest states explode, entries of R are at most 2; what float16 cannot hold becomes
+    infinite.
 
     Args:
       beta: [B, H, N, C].
@@ -150,14 +153,13 @@ def _inverses(call, beta, *, k=None, rows=None, scores=None):
       scores: S [B, N, H, C, C] float16.
     """
     B, H, N, _ = beta.shape
-    dtype = jnp.bfloat16
-    out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), dtype)]
+    out_type = [jax.ShapeDtypeStruct((B, N, H, C, C), HALF)]
     blocks = range(C // SMALL)
-    scratch = {"a_s": [swizzled((C, SMALL), jnp.float16)] * len(blocks), "x_s": [swizzled((C, SMALL), jnp.float16)] * 2}
-    scratch |= {"inverse_s": [swizzled((C, SMALL), dtype)] * len(blocks), "beta_s": plgpu.SMEM((C,), F32)}
+    scratch = {"a_s": [swizzled((C, SMALL), HALF)] * len(blocks), "x_s": [swizzled((C, SMALL), HALF)] * 2}
+    scratch |= {"inverse_s": [swizzled((C, SMALL), HALF)] * len(blocks), "beta_s": plgpu.SMEM((C,), F32)}
     operands = [beta, scores if k is None else k]
     if k is not None:
-        scratch["k_s"] = swizzled((C, k.shape[-1]), dtype)
+        scratch["k_s"] = swizzled((C, k.shape[-1]), k.dtype)
     if rows is not None:
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
@@ -188,7 +190,7 @@ def _inverses(call, beta, *, k=None, rows=None, scores=None):
                 S = jnp.where(iota(shape, 0) > iota(shape, 1) + block * SMALL, S, 0.0)
             A.append(S * by_column(load(beta_s.at[of_block], COLS), shape))
         for block, x in enumerate(_inverse(call, A, a_s, x_s)):
-            inverse_s[block][...] = x.astype(dtype)
+            inverse_s[block][...] = x
         plgpu.commit_smem()
         for to, of_block in zip(inverse_s, columns, strict=True):
             plgpu.copy_smem_to_gmem(to, refs[0].at[b, n, h, pl.ds(0, C), of_block])
@@ -214,11 +216,10 @@ def _prepare_channels(call, q, k, g, start, *, scale, save):
     B, T, H, K = q.shape
     N, tiles = T // C, range(K // C)
     dtype = q.dtype
-    low = jnp.float16
     scratch = {name: [swizzled((C, C), dtype)] * len(tiles) for name in ("q_s", "k_s", "k_read_s")}
-    scratch |= {name: [swizzled((C, C), low)] * len(tiles) for name in ("z_s", "z_keys_s")}
+    scratch |= {name: [swizzled((C, C), HALF)] * len(tiles) for name in ("z_s", "z_keys_s")}
     scratch |= {
-        "sum_s": [swizzled((C, C), jnp.float16)] * len(tiles), "total_s": plgpu.SMEM((K,), F32),
+        "sum_s": [swizzled((C, C), HALF)] * len(tiles), "total_s": plgpu.SMEM((K,), F32),
         "full": plgpu.Barrier(num_arrivals=2 * len(tiles) + 2 * (start is not None)),
     }  # fmt: skip
     if save:
@@ -229,7 +230,7 @@ def _prepare_channels(call, q, k, g, start, *, scale, save):
         scratch |= {"rows_s": plgpu.SMEM((C,), F32), "columns_s": plgpu.SMEM((C,), F32)}
     shape = jax.ShapeDtypeStruct
     out_type = [shape(q.shape, dtype)] * 3 + [shape((B, N, H, K), F32)]
-    out_type += [shape((B, N, H, C, C), x) for x in (low, low, dtype)[: 2 + save]]
+    out_type += [shape((B, N, H, C, C), x) for x in (HALF, HALF, dtype)[: 2 + save]]
 
     def body(q_ref, k_ref, g_ref, *refs, q_s, k_s, k_read_s, z_s, z_keys_s, sum_s, total_s, full, p_s=None,
              rows_s=None, columns_s=None):
@@ -245,10 +246,10 @@ def _prepare_channels(call, q, k, g, start, *, scale, save):
         if start is not None:
             for to in (rows_s, columns_s):
                 plgpu.copy_gmem_to_smem(start_ref.at[b, n], to, full)
-        levels = Levels(call, low)
+        levels = Levels(call, HALF)
         for tile in tiles:
             g_c = powers(of_memory(g_ref.at[b, tokens, h, columns[tile]]))
-            sum_s[tile][...] = g_c.astype(jnp.float16)
+            sum_s[tile][...] = g_c.astype(HALF)
         plgpu.commit_smem()
         plgpu.barrier_wait(full)
         lost = 0.0 if start is None else jnp.where(rows_s[C - 1] < 0, 0.0, -jnp.inf)
@@ -262,9 +263,9 @@ def _prepare_channels(call, q, k, g, start, *, scale, save):
             size = jnp.int32(1) << n
             plgpu.commit_smem()  # the level before has been read
             for tile, factor in zip(tiles, levels.factors(sum_s, size), strict=True):
-                q_c, k_c = load(q_s[tile]).astype(low), load(k_s[tile]).astype(low)
+                q_c, k_c = load(q_s[tile]).astype(HALF), load(k_s[tile]).astype(HALF)
                 z_s[tile][...] = levels.mixed(factor, size, q_c, k_c)
-                z_keys_s[tile][...] = k_c * factor.astype(low)
+                z_keys_s[tile][...] = k_c * factor.astype(HALF)
             plgpu.commit_smem()
             parted = levels.pairs(size)
             products = (call.dot(*((z[tile], z[tile].T) for tile in tiles)) for z in (z_s, z_keys_s))
@@ -307,22 +308,19 @@ def _stages(K, wgs, channels):
     return 2 if wgs > 1 or channels is not None else 3
 
 
-def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, segments=None, split=True, rows=None,
-                  channels=None):
+def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, segments=None, rows=None, channels=None):
     """The states that leave the segments [B, S, H, K, V], outputs and, if saved, the states that enter the chunks
     [B, N, H, V, K] and their r [B, N, H, V, C] in v's dtype.
 
     Where a block has 64 value channels, one warpgroup walks and another follows, a chunk behind, with the outputs. Where it has
-    more, those that walk make them, for want of registers.
+    more, those that walk make them, for want of registers, and where memory holds but one chunk.
 
     Args:
-      beta: [B, H, N, C]; inverse: R.
+      beta: [B, H, N, C]; inverse: of `_inverses`.
       states: [B, S, H, K, V] float32, entering each of S segments of time.
       segments: or S, for only what each makes of a state, [B, S, H, V + K, K]: the state that leaves it, transposed, after none
         enters (the first after `states` of S = 1), and the matrix that multiplies one that does. What `_entering` does not
         read is not made.
-      split: the scores enter their product with r as sums of two numbers of the dtype; with `channels`, what is written enters
-        the state so, too.
       rows: of `decay_rows`; or for a decay of every channel
       channels: of `_prepare_channels`, k that is written, the decays of chunks and P; then q and k are those that read.
     """
@@ -336,11 +334,12 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
     wgs = 1 if maps else warpgroups(B * H * segments, K, V)
     blocks = (V + K if maps else V) // C // wgs
     stages = min(2, _stages(K, wgs, channels)) if maps else _stages(K, wgs, channels)
-    follows = wgs == 1 and K <= 2 * C and not maps
+    follows = wgs == 1 and stages > 1 and not maps
     turns = min(stages, 2)  # chunks that have memory for what only one warpgroup reads
+    handed = wgs if not follows else turns if K <= 2 * C else 1  # and for what the outputs take from the walk
     threads = wgs + follows
     scratch = {
-        "k_s": swizzled((stages, C, K), dtype), "inverse_s": swizzled((stages, C, C), dtype),
+        "k_s": swizzled((stages, C, K), dtype), "inverse_s": swizzled((stages, C, C), HALF),
         "beta_s": plgpu.SMEM((stages, C), F32), "v_s": swizzled((wgs * turns, C, C), dtype),
         "full": plgpu.Barrier(num_arrivals=3 + (1 if maps else 2) * (rows is not None) + 2 * (channels is not None),
                               num_barriers=stages),
@@ -358,26 +357,27 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
     if not maps:
         operands += [q] + ([] if channels is None else [channels[2]])
         out_type.append(shape(v.shape, v.dtype))
-        kept = turns if follows else wgs
         scratch |= {
-            "q_s": swizzled((turns, C, K), dtype), "h_s": swizzled((kept, C, K), dtype), "r_s": swizzled((kept, C, C), dtype),
-            "o_s": swizzled((wgs, C, C), dtype),
+            "q_s": swizzled((turns, C, K), dtype), "h_s": swizzled((handed, C, K), dtype),
+            "r_s": swizzled((handed, C, C), HALF if channels is None else dtype), "o_s": swizzled((wgs, C, C), dtype),
             "full_q": plgpu.Barrier(num_arrivals=1 + (channels is not None), num_barriers=turns),
         }  # fmt: skip
         if rows is not None:
             scratch["rows_s"] = plgpu.SMEM((stages, rows.shape[3], C), F32)
         elif channels is not None:
-            scratch["p_s"] = swizzled((turns, C, C), jnp.float16)
+            scratch["p_s"] = swizzled((turns, C, C), HALF)
     if follows:
-        scratch |= {name: plgpu.Barrier(num_barriers=turns) for name in ("written", "followed")}
+        scratch |= {name: plgpu.Barrier(num_barriers=handed) for name in ("written", "followed")}
     elif wgs > 1:
         scratch["walked"] = plgpu.Barrier(num_arrivals=wgs, num_barriers=turns)
     if save:
         out_type += [shape((B, N, H, V, K), dtype), shape((B, N, H, V, C), dtype)]
+        if channels is None:
+            scratch["saved_s"] = swizzled((handed, C, C), dtype)
 
     def body(k_ref, v_ref, beta_ref, inverse_ref, states_ref, *refs, k_s, v_s, inverse_s, beta_s, full, full_v, done,
-             full_q=None, written=None, followed=None, walked=None, q_s=None, h_s=None, r_s=None, o_s=None, rows_s=None,
-             columns_s=None, k_write_s=None, p_s=None, total_s=None):
+             full_q=None, written=None, followed=None, walked=None, q_s=None, h_s=None, r_s=None, saved_s=None, o_s=None,
+             rows_s=None, columns_s=None, k_write_s=None, p_s=None, total_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
         k_write_ref, total_ref = (refs.pop(0), refs.pop(0)) if channels is not None else (None, None)
@@ -397,10 +397,10 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
         def tokens(n):
             return pl.ds((first + n) * C, C)
 
-        def parts(x, split):
-            """x in the dtype, or as a sum of two numbers of it."""
+        def parts(x):
+            """x as a sum of two numbers of the dtype."""
             high = x.astype(dtype)
-            return (high, (x - high.astype(F32)).astype(dtype)) if split else (high,)
+            return high, (x - high.astype(F32)).astype(dtype)
 
         def fetch(n):
             at, slot = first + n, lax.rem(n, stages)
@@ -444,22 +444,20 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
             if channels is None:
                 of_column = None if rows is None else columns_s.at[slot]
                 scores = times(call.dot((q_c, k_s.at[slot].T)), weights_between((C, C), of_row, of_column, 0, 0))
-                scores = scores * (scale * beta_c)
+                scores = [(scores * (scale * beta_c)).astype(HALF)]
             else:
-                scores = load(p_s.at[turn]).astype(F32) * beta_c
-            if not split:  # fewer registers during the wait
-                scores = scores.astype(dtype)
+                scores = parts(load(p_s.at[turn]).astype(F32) * beta_c)
             if follows:
-                plgpu.barrier_wait(written.at[turn])
+                plgpu.barrier_wait(written.at[kept])
                 go_on(fetch, n + stages - 1)  # the walk is past the chunk before this one
             o = call.dot((q_c, h_s.at[kept].T))
             if channels is None:
                 o = o * scale
             if rows is not None:
                 o = o * by_row(product_before(of_row, ROWS), (C, C))
-            o = call.dot(*((x, r_s.at[kept].T) for x in parts(scores, split)), init=o)
+            o = call.dot(*((x, r_s.at[kept].T) for x in scores), init=o)
             if follows:
-                plgpu.barrier_arrive(followed.at[turn])
+                plgpu.barrier_arrive(followed.at[kept])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             o_s.at[part][...] = o.astype(dtype)
             plgpu.commit_smem()
@@ -467,7 +465,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
 
         def step(n, state):
             at, slot, turn = first + n, lax.rem(n, stages), lax.rem(n, turns)
-            kept, of_values = turn if follows else wg, part * turns + turn
+            kept, of_values = lax.rem(n, handed) if follows else wg, part * turns + turn
             if not follows:
                 @pl.when(wg == 0)
                 def _():
@@ -482,9 +480,9 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
             k_c, low = k_s.at[slot], state.astype(dtype)
             if not maps:
                 if follows:
-                    pl.when(n >= turns)(lambda: plgpu.barrier_wait(followed.at[turn]))
+                    pl.when(n >= handed)(lambda: plgpu.barrier_wait(followed.at[kept]))
                 if save or not follows:
-                    plgpu.wait_smem_to_gmem(2 * (turns - 1) if follows else 0, wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(2 * (handed - 1) if follows else 0, wait_read_only=True)
                 h_s.at[kept][...] = low
                 if K > 2 * C:  # registers are short
                     plgpu.commit_smem()
@@ -502,22 +500,25 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
                 state = state * product_total(of_column)
             elif channels is not None:
                 state = state * by_column(jnp.exp2(load(total_s.at[slot], COLS)), state.shape)
-            r = call.dot(((v_c - read).astype(dtype), inverse_s.at[slot].T))
+            r = call.dot(((v_c - read).astype(HALF), inverse_s.at[slot].T))
             if not maps:
-                r_s.at[kept][...] = r.astype(dtype)
+                r_s.at[kept][...] = r.astype(r_s.dtype)
+            if saved_s is not None:
+                saved_s.at[kept][...] = r.astype(dtype)
             plgpu.commit_smem()
             if follows:
-                plgpu.barrier_arrive(written.at[turn])
+                plgpu.barrier_arrive(written.at[kept])
             go_on(fetch_values, n + turns)
             if save:
                 h_ref, r_ref = refs[1:]
                 plgpu.copy_smem_to_gmem(h_s.at[kept], h_ref.at[b, at, h, mine])
-                plgpu.copy_smem_to_gmem(r_s.at[kept], r_ref.at[b, at, h, mine])
+                plgpu.copy_smem_to_gmem((saved_s if channels is None else r_s).at[kept], r_ref.at[b, at, h, mine])
             r = r * by_column(load(beta_s.at[slot], COLS), (C, C))
             if rows is not None:
                 r = r * by_column(product_after(of_column, COLS), (C, C))
             k_write = k_c if channels is None else k_write_s.at[slot]
-            state = call.dot(*((x, k_write) for x in parts(r, channels is not None)), init=state)
+            written_c = [r.astype(dtype)] if channels is None else parts(r)
+            state = call.dot(*((x, k_write) for x in written_c), init=state)
             if not (maps or follows):
                 outputs(n, wg)
             if not follows:
@@ -558,7 +559,7 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
 
                 def turn(n, _):
                     plgpu.barrier_wait(full.at[lax.rem(n, stages)])
-                    outputs(n, lax.rem(n, turns))
+                    outputs(n, lax.rem(n, handed))
                     go_on(fetch_queries, n + turns)
 
                 lax.fori_loop(0, count, turn, None)
@@ -579,10 +580,10 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
     """The cotangents of the states that enter the segments [B, S, H, K, V], dv [B, T, H, V] and the cotangents of the states
     that leave the chunks [B, N, H, V, K], both in q's dtype.
 
-    Where the scores are not there yet, another warpgroup makes them, a chunk ahead of the one that walks.
+    Where the scores are not there yet, another warpgroup makes them, a chunk ahead of the one that walks, and R in q's dtype.
 
     Args:
-      do: [B, T, H, V]; inverse: R.
+      do: [B, T, H, V]; inverse: of `_inverses`.
       states: [B, S, H, K, V] float32, the cotangents of the states that leave segments.
       segments: or S, for only what each adds, [B, S, H, V, K], the last to `states` of S = 1.
       beta, rows, channels: as for `_forward_walk`.
@@ -594,13 +595,15 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
     alone = segments is not None
     segments = segments or states.shape[1]
     each = -(-N // segments)
-    leads = channels is None and K <= 2 * C
+    leads = channels is None
     wgs = 1 if leads else warpgroups(B * H * segments, K, V)
+    turns = 2 if leads and K <= 2 * C else wgs  # chunks of scores and of R that have memory, or of each warpgroup one
     threads = wgs + leads
     stages = _stages(K, wgs, channels)
     scratch = {
         "q_s": swizzled((stages, C, K), dtype), "k_s": swizzled((stages, C, K), dtype),
-        "do_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), dtype),
+        "do_s": swizzled((stages, wgs, C, C), dtype), "inverse_s": swizzled((stages, C, C), HALF),
+        "low_s": swizzled((turns, C, C), dtype),
         "beta_s": plgpu.SMEM((stages, C), F32),
         "full": plgpu.Barrier(num_arrivals=4 + wgs + 2 * (rows is not None) + 3 * (channels is not None), num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=wgs, num_barriers=stages), "done": plgpu.Barrier(num_arrivals=threads),
@@ -610,23 +613,22 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
         operands.append(rows)
         scratch |= {name: plgpu.SMEM((stages, rows.shape[3], C), F32) for name in ("rows_s", "columns_s")}
     if channels is None:
-        scratch["p_s"] = swizzled((2 if leads else wgs, C, C), dtype)
+        scratch["p_s"] = swizzled((turns, C, C), dtype)
+        scratch |= {name: plgpu.Barrier(num_barriers=turns) for name in ("scored", "used")}
     else:
         operands += channels
         scratch |= {
             "k_write_s": swizzled((stages, C, K), dtype), "p_s": swizzled((stages, C, C), dtype),
             "total_s": plgpu.SMEM((stages, K), F32),
         }  # fmt: skip
-    if leads:
-        scratch |= {name: plgpu.Barrier(num_barriers=2) for name in ("scored", "used")}
     shape = jax.ShapeDtypeStruct
     out_type = [shape((B, segments, H, V, K) if alone else (B, segments, H, K, V), F32)]
     if not alone:
         out_type += [shape(do.shape, dtype), shape((B, N, H, V, K), dtype)]
         scratch |= {"dh_s": swizzled((wgs, C, K), dtype), "dv_s": swizzled((wgs, C, C), dtype)}
 
-    def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, states_ref, *refs, q_s, k_s, do_s, inverse_s, beta_s, p_s, full,
-             empty, done, scored=None, used=None, dh_s=None, dv_s=None, rows_s=None, columns_s=None, k_write_s=None,
+    def body(q_ref, k_ref, do_ref, beta_ref, inverse_ref, states_ref, *refs, q_s, k_s, do_s, inverse_s, low_s, beta_s, p_s,
+             full, empty, done, scored=None, used=None, dh_s=None, dv_s=None, rows_s=None, columns_s=None, k_write_s=None,
              total_s=None):
         refs = list(refs)
         rows_ref = refs.pop(0) if rows is not None else None
@@ -660,17 +662,15 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
                 plgpu.copy_gmem_to_smem(p_ref.at[b, at, h], p_s.at[slot], bar)
                 plgpu.copy_gmem_to_smem(total_ref.at[b, at, h], total_s.at[slot], bar)
 
-        def scores_of(slot):
+        def lead(n, _):
+            slot, turn = lax.rem(n, stages), lax.rem(n, turns)
+            plgpu.barrier_wait(full.at[slot])
             of_both = (None, None) if rows is None else (rows_s.at[slot], columns_s.at[slot])
             scores = times(call.dot((q_s.at[slot], k_s.at[slot].T)), weights_between((C, C), *of_both, 0, 0)) * scale
-            return scores.astype(dtype)
-
-        def lead(n, _):
-            slot, turn = lax.rem(n, stages), lax.rem(n, 2)
-            plgpu.barrier_wait(full.at[slot])
-            scores = scores_of(slot)
-            pl.when(n >= 2)(lambda: plgpu.barrier_wait(used.at[turn]))
+            scores = scores.astype(dtype)
+            pl.when(n >= turns)(lambda: plgpu.barrier_wait(used.at[turn]))
             p_s.at[turn][...] = scores
+            low_s.at[turn][...] = load(inverse_s.at[slot]).astype(dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(scored.at[turn])
 
@@ -682,15 +682,13 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
             if not alone:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 dh_s.at[part][...] = low
-            k_write = k_c
             if leads:
-                turn = lax.rem(n, 2)
+                k_write, turn = k_c, lax.rem(n, turns)
                 scores_s = p_s.at[turn]
-            elif channels is None:
-                scores_s = p_s.at[wg]
-                scores_s[...] = scores_of(slot)
             else:
-                scores_s, k_write = p_s.at[slot], k_write_s.at[slot]
+                k_write, turn = k_write_s.at[slot], wg
+                scores_s = p_s.at[slot]
+                low_s.at[turn][...] = load(inverse_s.at[slot]).astype(dtype)
             plgpu.commit_smem()
             if not alone:
                 plgpu.copy_smem_to_gmem(dh_s.at[part], refs[1].at[b, at, h, mine])
@@ -703,10 +701,10 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
             if leads:
                 plgpu.barrier_wait(scored.at[turn])
             d_written = call.dot((do_c, scores_s), init=d_written)
-            if leads:
-                pl.when(n + 2 < count)(lambda: plgpu.barrier_arrive(used.at[turn]))
             d_written = d_written * by_column(load(beta_s.at[slot], COLS), (C, C))
-            dv = call.dot((d_written.astype(dtype), inverse_s.at[slot]))
+            dv = call.dot((d_written.astype(dtype), low_s.at[turn]))
+            if leads:
+                pl.when(n + turns < count)(lambda: plgpu.barrier_arrive(used.at[turn]))
             if not alone:
                 dv_s.at[part].T[...] = dv.astype(dtype)
                 plgpu.commit_smem()
@@ -975,7 +973,7 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
     N, tiles = T // C, K // C
     dtype = q.dtype
     scratch = {name: swizzled((C, C), dtype) for name in ("q_s", "k_s")} | value_tiles(5, V, dtype)
-    scratch |= {"common_s": swizzled((C, C), dtype), "sum_s": swizzled((C, C), jnp.float16)}
+    scratch |= {"common_s": swizzled((C, C), dtype), "sum_s": swizzled((C, C), HALF)}
     scratch["ready"] = plgpu.Barrier(num_arrivals=2)
     operands = [q, k, do, dv, beta, g, h, r, dh]
     shape = jax.ShapeDtypeStruct
@@ -998,7 +996,7 @@ def _gradients_channels(call, q, k, do, beta, g, start, h, r, dv, dh, *, scale):
             for ref, to in ((q_ref, q_s), (k_ref, k_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, tokens, hd, keys], to, ready)
             g_c = powers(of_memory(g_ref.at[b, tokens, hd, keys]))
-            sum_s[...] = g_c.astype(jnp.float16)
+            sum_s[...] = g_c.astype(HALF)
 
         refs_of_tokens = [ref.at[b, tokens, hd] for ref in (do_ref, dv_ref)]
         refs_of_values = [r_ref.at[b, n, hd], *(ref.at[b, n, hd, pl.ds(0, V), keys] for ref in (h_ref, dh_ref))]
@@ -1094,9 +1092,9 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
 
     Args:
       scale: multiplies q.
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded. With decays of channels scores come from
-        float16 numbers and are such themselves: below 2e-5 q, k, scale q k and k k lose digits, and from 65504 on they are
-        infinite, or NaN.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded. Scores and what tokens find unsaid are
+        float16 numbers, with decays of channels q and k too: below 2e-5 v, scale q k and k k (and q and k) lose digits, and
+        from 65504 on they are infinite, or NaN.
       beta: [B, T, H, 1], float32.
       log_decay: None, [B, T, H, 1] or [B, T, H, K], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.
@@ -1118,7 +1116,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
     else:
         rows = decay_rows(log_decay, reset, q.shape[1], C)
         inverse, channels = _inverses(call, beta, k=k, rows=rows), None
-        walk = partial(_forward_walk, call, q, k, v, beta, inverse, split=log_decay is None, rows=rows, scale=scale)
+        walk = partial(_forward_walk, call, q, k, v, beta, inverse, rows=rows, scale=scale)
     B, H, K, V = state.shape
     states, maps = state[:, None], jnp.zeros((B, 0, H, K, K), F32)
     segments = _segments(B * H, V, q.shape[1] // C)

@@ -102,7 +102,7 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
     blocks = V // C // wgs
     stages = 4 if q is None or K + wgs * C < 256 else 3 if K < 256 else 2
     dtype = x.dtype
-    follows = q is not None and wgs == 1 and K <= 128
+    follows = q is not None and wgs == 1
     threads = wgs + follows
     out_type = [jax.ShapeDtypeStruct(state.shape, F32)]
     scratch = {

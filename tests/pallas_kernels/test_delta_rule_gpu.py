@@ -36,17 +36,12 @@ def mild(inputs):
     return q, k, v, beta / 8, g
 
 
-# With beta up to 2 what tokens write is large and of changing sign. Without decay or with one of a head its rounding shows, and
-# products of two parts would cost their forwards more than they are ahead of what else there is (docs/kernels.md). With decays
-# of channels outputs stay within 0.005; states do in the one case here, others have up to 0.0056.
-REFLECTIONS = {"o": 0.0065, "final state": 0.0065}
-
 CASES = [
     # kind, T, H, K, V, resets, largest beta, value channels in blocks of their own
     ("scalar", 300, 1, 64, 128, True, 1.0, False),
-    ("scalar", 130, 2, 128, 64, False, 1.0, False),
+    ("scalar", 130, 2, 128, 64, False, 2.0, False),
     ("scalar", 200, 1, 64, 128, False, 2.0, True),
-    ("none", 130, 2, 64, 64, True, 1.0, False),
+    ("none", 130, 2, 64, 64, True, 2.0, False),
     ("vector", 130, 1, 64, 128, True, 1.0, False),
     ("vector", 130, 1, 128, 64, False, 2.0, False),
 ]
@@ -84,8 +79,7 @@ def test_values_gradients_and_no_races(case, monkeypatch):
         got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
-    others = REFLECTIONS if most > 1 and sizes[0] != "vector" else {}
-    assert_close(got, reference(inputs, reset, *rest), "bfloat16", **others)
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +98,17 @@ def test_segments_of_time(case, monkeypatch):
     with interpreters.no_races(kernels=2):
         got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))
     assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+
+
+@interpreters.INTERPRETER_AND_GPU
+@pytest.mark.parametrize("kind", ["scalar", pytest.param("vector", marks=pytest.mark.slow)])
+def test_gradients_of_small_losses(kind, interpret):
+    """Cotangents by a power of two give gradients by that power: none goes through float16, as what the forward makes does."""
+    inputs, _, state, do, d_final = arrays(kind, 70, 1, 64, 64, B=1, dtype="bfloat16")
+    gradients = run(inputs, None, state, do, d_final, interpret=interpret)[2:]
+    small = run(inputs, None, state, do * 2.0**-40, d_final * 2.0**-40, interpret=interpret)[2:]
+    for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(small), strict=True):
+        np.testing.assert_array_equal(x.astype(jnp.float32) * 2.0**-40, y.astype(jnp.float32))
 
 
 @interpreters.INTERPRETER_AND_GPU
@@ -173,10 +178,10 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs the wheels of jax-cuda13-plugin and jax-cuda13-pjrt"
 )
 # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
-SPILLS = {"delta_rule_forward": 18, "delta_rule_backward": 9, "delta_rule_channels_backward": 225}
+SPILLS = {"delta_rule_backward": 9, "delta_rule_channels_backward": 225}
 SPILLS_OF_256 = {
-    "delta_rule_forward": 335, "delta_rule_backward_states": 215, "delta_rule_backward": 9, "delta_rule_channels_scores": 44,
-    "delta_rule_channels_forward": 458, "delta_rule_channels_backward_states": 128, "delta_rule_channels_backward": 300,
+    "delta_rule_backward": 9, "delta_rule_channels_scores": 44, "delta_rule_channels_forward": 458,
+    "delta_rule_channels_backward_states": 163, "delta_rule_channels_backward": 300,
 }  # fmt: skip
 
 
@@ -222,8 +227,7 @@ def test_on_the_device(case):
         reset = reset & (jnp.arange(reset.shape[1]) % 64 == 5)  # documents of a thousand tokens
     reset = reset if resets else None
     got = run(inputs, reset, *rest, interpret=False)
-    others = REFLECTIONS if most > 1 and sizes[0] != "vector" else {}
-    assert_close(got, reference(inputs, reset, *rest), "bfloat16", **others)
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
     again = run(inputs, reset, *rest, interpret=False)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
