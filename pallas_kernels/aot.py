@@ -69,7 +69,8 @@ def report(
       (shared memory of a block), operand_bytes, registers (a thread), stack_bytes and spill_bytes (stored, a thread).
 
     Raises:
-      RuntimeError: with the compiler's message if it refuses.
+      RuntimeError: with the compiler's message if it refuses; or if GPU kernels of one program share a name, as what the
+        assembler says of them could not be told apart.
     """
     gpu = chip == "h100"
     with tempfile.TemporaryDirectory() as folder:
@@ -84,6 +85,9 @@ def report(
         result = json.loads(done.stdout.splitlines()[-1])
         if gpu:
             found = {kernel["name"]: kernel for kernel in ptxas(done.stdout + done.stderr)}
+            names = [kernel["name"] for kernel in result["kernels"]]
+            if len(set(names)) < len(names):
+                raise RuntimeError(f"{target}: kernels of one name, give each its own: {', '.join(sorted(names))}")
             result["kernels"] = [kernel | found[kernel["name"]] for kernel in result["kernels"]]
         for kernel in result["kernels"] if schedules and not gpu else ():
             kernel |= schedule(Path(folder), kernel["name"])

@@ -2,7 +2,8 @@
 
 The forms of an op compute the same numbers: `recurrent` token by token, `parallel` all pairs of tokens at once,
 `chunked` in between, `kernel` with code made for one kind of device. A kernel joins by one entry in `KERNELS`: a
-function that returns None where the kernel runs and beats the other forms, or else the reason why it does not.
+function that returns None where the kernel runs and is meant to beat the other forms, or else the reason why it does not;
+docs/kernels.md says on which chips it was timed beside them.
 """
 
 from __future__ import annotations

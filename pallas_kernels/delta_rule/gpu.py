@@ -19,8 +19,8 @@ dbeta_j = k_j w_j. The kernels:
   that are 0.
 - forward: a warpgroup walks a head's chunks in order with 64 value channels of the state, transposed, in registers; so are u
   (what R multiplies), r and what is written, which enter the next product from there. Another one follows with the outputs
-  where blocks are few. For training it also writes h and r of every chunk. Where keys are alike, what tokens write alternates
-  in sign and its rounding shows, so u, R, r and P are float16.
+  where blocks are few or K is 256. For training it also writes h and r of every chunk. Where keys are alike, what tokens write
+  alternates in sign and its rounding shows, so u, R, r and P are float16.
 - backward, states: the same walk in reverse with the cotangent of the state, for dv and dh of every chunk; the scores, and R in
   bfloat16, come from another warpgroup.
 - backward: every chunk on its own, for dq, dk, dbeta and the flow of the decays, by blocks that go through many with the copies
@@ -28,7 +28,8 @@ dbeta_j = k_j w_j. The kernels:
 
 With a decay of every channel `scores` comes first, every chunk on its own: P and S (float16; P in bfloat16 for the backward), q
 and k times their decays, level by level as in `pallas_kernels.linear_attention.gpu`, which training keeps; the walks then have
-the chunk's decays alone, and backward goes through the levels.
+the chunk's decays alone, and backward goes through the levels. There r is bfloat16, and P and what is written are sums of two
+such numbers; the walk itself turns R into bfloat16 in the backward.
 Where rows and heads are few, time is split into segments: maps (what each multiplies a state by) and what it adds, by walks of
 their own (`maps`, `forward`; in reverse `maps`, `backward_added`), give the states that enter them.
 """
@@ -312,8 +313,8 @@ def _forward_walk(call, q, k, v, beta, inverse, states, *, scale, save=False, se
     """The states that leave the segments [B, S, H, K, V], outputs and, if saved, the states that enter the chunks
     [B, N, H, V, K] and their r [B, N, H, V, C] in v's dtype.
 
-    Where a block has 64 value channels, one warpgroup walks and another follows, a chunk behind, with the outputs. Where it has
-    more, those that walk make them, for want of registers, and where memory holds but one chunk.
+    Where a block has 64 value channels, one warpgroup walks and another follows, up to a chunk behind, with the outputs. Those
+    that walk make them where a block has more, for want of registers, and where memory holds one chunk only.
 
     Args:
       beta: [B, H, N, C]; inverse: of `_inverses`.
@@ -580,7 +581,7 @@ def _backward_walk(call, q, k, do, beta, inverse, states, *, scale, segments=Non
     """The cotangents of the states that enter the segments [B, S, H, K, V], dv [B, T, H, V] and the cotangents of the states
     that leave the chunks [B, N, H, V, K], both in q's dtype.
 
-    Where the scores are not there yet, another warpgroup makes them, a chunk ahead of the one that walks, and R in q's dtype.
+    Where the scores are not there yet, another warpgroup makes them and R in q's dtype, up to a chunk ahead of the walk.
 
     Args:
       do: [B, T, H, V]; inverse: of `_inverses`.
@@ -1092,9 +1093,9 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, interp
 
     Args:
       scale: multiplies q.
-      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded. Scores and what tokens find unsaid are
-        float16 numbers, with decays of channels q and k too: below 2e-5 v, scale q k and k k (and q and k) lose digits, and
-        from 65504 on they are infinite, or NaN.
+      q, k: [B, T, H, K]; v: [B, T, H, V]; bfloat16, to which others are rounded. Scores and v less what states answer
+        are float16 numbers, with decays of channels q and k too: below 2e-5 v, scale q k and k k (and q and k) lose digits, and
+        from 65504 on they are infinite, and outputs of the chunk NaN.
       beta: [B, T, H, 1], float32.
       log_decay: None, [B, T, H, 1] or [B, T, H, K], float32, <= 0. Factors below exp(-128) count as exp(-128), which is 0.
       reset: None or bool [B, T]: the state that such a token would continue is dropped.

@@ -3,9 +3,9 @@
 Without decay or with one of every head, three kernels:
 
 - forward: a warpgroup walks a head's chunks of 64 tokens in order with 64 value channels of the state, transposed, in
-  registers, and where blocks are few another one makes the outputs. q, k and v come by the copy engine one to three chunks
-  ahead. Scores weighed by exp(b_i - b_j) and the state's part of the output add up in one accumulator. For training it also
-  writes the state that enters every second chunk, in bfloat16.
+  registers, and where blocks are few or K is 256 another one makes the outputs. q, k and v come by the copy engine one to
+  three chunks ahead. Scores weighed by exp(b_i - b_j) and the state's part of the output add up in one accumulator. For
+  training it also writes the state that enters every second chunk, in bfloat16.
 - backward, states: the same walk in reverse with the cotangent of the state.
 - backward: every pair of chunks on its own, from the state that enters it and the cotangent of the one that leaves it; two
   warpgroups take 64 tokens each, as queries for dq and as keys for dk and dv.
@@ -225,7 +225,8 @@ def _walk(call, x, y, rows, state, segments, *, scale, q=None, emit=False, rever
         plgpu.barrier_wait(done)
 
     grid = {"b": B, "h": H, "s": segments, "v": blocks}
-    name = "linear_attention_" + ("backward_states" if reverse else "states" if q is None else "forward")
+    names = ("forward", "backward_states") if emit or q is not None else ("states", "backward_added")
+    name = f"linear_attention_{names[reverse]}"
     final, *rest = call(body, name, grid, operands, out_type, scratch, threads)
     o = rest.pop(0) if q is not None else None
     return final, o, rest.pop(0) if emit else None
@@ -548,7 +549,8 @@ def _walk_channels(call, x, y, total, state, segments, *, q=None, scores=None, e
         plgpu.barrier_wait(done)
 
     grid = {"b": B, "h": H, "s": segments, "v": blocks}
-    name = "linear_attention_channels_" + ("backward_states" if reverse else "forward" if outputs else "states")
+    names = ("forward", "backward_states") if emit or outputs else ("states", "backward_added")
+    name = f"linear_attention_channels_{names[reverse]}"
     final, *rest = call(body, name, grid, operands, out_type, scratch, wgs)
     o = rest.pop(0) if outputs else None
     return final, o, rest.pop(0) if emit else None

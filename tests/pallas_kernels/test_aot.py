@@ -102,9 +102,9 @@ def test_shared_memory_of_gpu_kernels_is_counted():
     for name, shared, operands in aot.gpu_calls(jax.make_jaxpr(function)(*arguments).jaxpr):
         found[name] = operands
         # Inverses: a chunk's keys, A, R and two times 16 of 64 columns, beta, decays twice, and a barrier.
-        # Forward, value tiles in blocks of their own: keys, R and gates of three chunks; queries, values, states and r of two;
-        # an output; twelve barriers.
-        chunks, turns = 3 * (tokens + tile + 3 * 256), 2 * (2 * tokens + 2 * tile)
+        # Forward, value tiles in blocks of their own: keys, R and gates of three chunks; queries, values, states and r, as it
+        # is used and as it is saved, of two; an output; twelve barriers.
+        chunks, turns = 3 * (tokens + tile + 3 * 256), 2 * (2 * tokens + 3 * tile)
         expected = {"inverses": tokens + 2 * tile + tile // 2 + 3 * 256 + 8, "forward": chunks + turns + tile + 12 * 8}
         assert shared == expected[name.removeprefix("delta_rule_")]
     gates = 2 * 128 * 4

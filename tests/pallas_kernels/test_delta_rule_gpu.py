@@ -36,6 +36,10 @@ def mild(inputs):
     return q, k, v, beta / 8, g
 
 
+# With beta up to 2 what is written is large beside the state that it sums to, and it is rounded to bfloat16; the sum of two
+# numbers would cost the forward more than it is ahead of others (docs/kernels.md). With decays of channels it is one.
+REFLECTIONS = {"final state": 0.0065}
+
 CASES = [
     # kind, T, H, K, V, resets, largest beta, value channels in blocks of their own
     ("scalar", 300, 1, 64, 128, True, 1.0, False),
@@ -58,6 +62,9 @@ MORE = [
     ("none", 300, 2, 64, 64, True, 1.0, False),
     ("vector", 300, 1, 64, 256, True, 1.0, False),
     ("scalar", 130, 1, 256, 64, False, 1.0, False),
+    ("scalar", 128, 1, 256, 64, False, 2.0, False),
+    ("none", 128, 1, 256, 64, True, 2.0, False),
+    ("none", 64, 1, 256, 64, True, 1.0, False),
 ]
 
 LARGE = [  # many heads, and segments of time
@@ -79,11 +86,20 @@ def test_values_gradients_and_no_races(case, monkeypatch):
         got = jax.block_until_ready(run(inputs, reset, *rest, interpret=interpreters.GPU))
     assert got[0].dtype == inputs[2].dtype
     assert [x.dtype for x in got[2:6]] == [x.dtype for x in inputs[:4]]
-    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+    others = REFLECTIONS if most > 1 and sizes[0] != "vector" else {}
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16", **others)
 
 
 @pytest.mark.parametrize(
-    "case", [("scalar", 64, 128, False), ("none", 64, 64, False), ("vector", 128, 64, False), ("none", 64, 128, True)], ids=str
+    "case",
+    [
+        ("scalar", 64, 128, False),
+        ("none", 64, 64, False),
+        ("vector", 128, 64, False),
+        ("none", 64, 128, True),
+        pytest.param(("scalar", 256, 64, False), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_segments_of_time(case, monkeypatch):
     """Three of two, two and one chunks; decays and betas that leave something of a state, documents that end in them."""
@@ -103,12 +119,14 @@ def test_segments_of_time(case, monkeypatch):
 @interpreters.INTERPRETER_AND_GPU
 @pytest.mark.parametrize("kind", ["scalar", pytest.param("vector", marks=pytest.mark.slow)])
 def test_gradients_of_small_losses(kind, interpret):
-    """Cotangents by a power of two give gradients by that power: none goes through float16, as what the forward makes does."""
+    """Cotangents by 2^-40 give gradients by 2^-40: none goes through float16, as what the forward makes does."""
     inputs, _, state, do, d_final = arrays(kind, 70, 1, 64, 64, B=1, dtype="bfloat16")
+    inputs = mild(inputs)
     gradients = run(inputs, None, state, do, d_final, interpret=interpret)[2:]
     small = run(inputs, None, state, do * 2.0**-40, d_final * 2.0**-40, interpret=interpret)[2:]
     for x, y in zip(jax.tree.leaves(gradients), jax.tree.leaves(small), strict=True):
-        np.testing.assert_array_equal(x.astype(jnp.float32) * 2.0**-40, y.astype(jnp.float32))
+        x, y = (np.asarray(z, np.float64) for z in (x, y * 2.0**40))
+        assert np.sqrt(np.mean((x - y) ** 2) / np.mean(x**2)) < 1e-4  # not 0: a GPU has no numbers below 2^-126
 
 
 @interpreters.INTERPRETER_AND_GPU
@@ -180,8 +198,8 @@ needs_compiler = pytest.mark.skipif(
 # Bytes a thread that registers are short of, at most: the compiler's today and a tenth.
 SPILLS = {"delta_rule_backward": 9, "delta_rule_channels_backward": 225}
 SPILLS_OF_256 = {
-    "delta_rule_backward": 9, "delta_rule_channels_scores": 44, "delta_rule_channels_forward": 458,
-    "delta_rule_channels_backward_states": 163, "delta_rule_channels_backward": 300,
+    "delta_rule_backward": 9, "delta_rule_channels_scores": 53, "delta_rule_channels_forward": 506,
+    "delta_rule_channels_backward_added": 9, "delta_rule_channels_backward_states": 180, "delta_rule_channels_backward": 300,
 }  # fmt: skip
 
 
@@ -196,7 +214,7 @@ def test_compiles_for_hopper(kind, direction):
         names = {"forward": ["forward", "scores"], "backward": ["backward", "backward_states"]}[direction]
         names = [f"channels_{name}" for name in names] + ["inverses"] * (direction == "forward")
     # With one row and few heads value channels have blocks of their own, and time has segments.
-    large = ({"K": 256, "V": 512}, {"K": 256, "resets": True})
+    large = ({"K": 256, "V": 512}, {"K": 256, "resets": True}, {"B": 1, "H": 2, "K": 256})
     for change in ({}, {"resets": True}, {"K": 64}, {"V": 64}, {"B": 1, "H": 2}, *large):
         found = aot.report("h100", "pallas_kernels.cases:abstract", case | change)["kernels"]
         several = ["maps" if direction == "forward" else "backward_added"] if "B" in change else []
@@ -227,7 +245,8 @@ def test_on_the_device(case):
         reset = reset & (jnp.arange(reset.shape[1]) % 64 == 5)  # documents of a thousand tokens
     reset = reset if resets else None
     got = run(inputs, reset, *rest, interpret=False)
-    assert_close(got, reference(inputs, reset, *rest), "bfloat16")
+    others = REFLECTIONS if most > 1 and sizes[0] != "vector" else {}
+    assert_close(got, reference(inputs, reset, *rest), "bfloat16", **others)
     again = run(inputs, reset, *rest, interpret=False)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
