@@ -88,7 +88,8 @@ def delta_rule(
         gradient keeps the inputs and a few states, and recomputes one state a chunk), "kernel" (Pallas, on TPUs
         and Hopper GPUs; its gradient keeps the inputs and a state a chunk, on GPUs also what the chunk's tokens write and
         an inverse) or "auto" (see `forms.choose`). On GPUs the kernel takes float32 only where
-        `jax.default_matmul_precision` says "bfloat16", and rounds it to that.
+        `jax.default_matmul_precision` says "bfloat16", and rounds it to that; scores and v - k S' are float16 there: NaN or
+        infinite from 65504 on, of fewer digits below 2e-5.
       chunk_size: C, a power of two. Sequences shorter than it are one smaller chunk. The kernel has its own.
 
     Returns:

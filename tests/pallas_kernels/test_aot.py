@@ -1,6 +1,8 @@
 """What is read from the TPU compiler's output."""
 
 import importlib.util
+import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +113,20 @@ def test_shared_memory_of_gpu_kernels_is_counted():
     inputs, saved = 3 * 2 * tokens + 2 * tile, 2 * state + 2 * tokens
     assert found["delta_rule_inverses"] == 2 * tokens + gates + 2 * tile
     assert found["delta_rule_forward"] == inputs + gates + 2 * 2 * state + 2 * tokens + saved
+
+
+def test_kernels_of_one_name_are_refused(monkeypatch):
+    """What the assembler says of one would count for both."""
+    kernels = [{"name": name} for name in ("walk", "other", "walk")]
+    said = "Compiling entry function '{}_mosaic_gpu_kernel'\n{} bytes stack frame, {} bytes spill stores\nUsed 99 registers\n"
+    text = "".join(said.format(name, spill, spill) for name, spill in (("walk", 8), ("other", 16), ("walk", 0)))
+    done = subprocess.CompletedProcess([], 0, json.dumps({"kernels": kernels}), text)
+    monkeypatch.setattr(aot.subprocess, "run", lambda *args, **rest: done)
+    with pytest.raises(RuntimeError, match="module:case: kernels of one name, give each its own: other, walk, walk"):
+        aot.report("h100", "module:case", {})
+    done.stdout = json.dumps({"kernels": kernels[:2]})
+    done.stderr = text[: text.rindex("Compiling")]
+    assert [kernel["spill_bytes"] for kernel in aot.report("h100", "module:case", {})["kernels"]] == [8, 16]
 
 
 def test_least_bytes_and_flops_are_those_of_the_formulas():
