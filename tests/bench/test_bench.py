@@ -111,6 +111,7 @@ def test_unknown_names_are_answered_with_the_nearest(tmp_path):
         tasks.run(tmp_path, mixers=["gla"], tasks=["parity"])
 
 
+@pytest.mark.slow
 def test_tasks_in_processes_train_the_same(tmp_path):
     scale = SCALE._replace(steps=3)
     alone = tasks.train_cell("gla", "parity", 0, scale)

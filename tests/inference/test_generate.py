@@ -55,7 +55,7 @@ def test_greedy_decode_equals_recomputing_the_whole_text(model):
         text.append(int(expected))
 
 
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0, marks=pytest.mark.slow), 1.0])
 def test_ragged_prompts_continue_as_each_alone(model, temperature):
     together = tokens_of(model, PROMPTS, temperature=temperature)
     # A row's randomness follows its place in the batch, so each prompt is put there among copies of itself.

@@ -453,10 +453,9 @@ def test_later_tokens_do_not_change_earlier_outputs_of_any_shard_by_one_bit(rule
             assert not np.array_equal(before[:, begin:], after[:, begin:])
 
 
-@pytest.mark.parametrize("gathered", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "rule", [r if r == "gated_deltanet" else pytest.param(r, marks=pytest.mark.slow) for r in RULES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gathered", [True, False])
+@pytest.mark.parametrize("rule", RULES)
 def test_traffic_between_shards_does_not_depend_on_the_number_of_tokens(rule, gathered, monkeypatch):
     if not gathered:
         monkeypatch.setattr(sequence, "ALL_GATHER_BYTES", 0)

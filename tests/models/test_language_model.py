@@ -265,7 +265,7 @@ def token_by_token(model, tokens, segment_ids):
 
 
 # Two gradients take long to compile: of these models in the fast lane, of the others in the slow one.
-FAST_GRADIENTS = {"gla-convolution", "attention-window", "gated-deltanet", "mamba2", "rwkv7"}
+FAST_GRADIENTS = {"gla-convolution", "attention-window", "gated-deltanet", "mamba2"}
 GRADIENT_CASES = [
     pytest.param(case, marks=() if case in FAST_GRADIENTS else pytest.mark.slow) for case in [*MIXERS, *MODELS]
 ]  # fmt: skip

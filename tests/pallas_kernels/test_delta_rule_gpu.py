@@ -93,10 +93,11 @@ def test_values_gradients_and_no_races(case, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [
-        ("scalar", 64, 128, False),
-        ("none", 64, 64, False),
+        ("scalar", 64, 128, True),
         ("vector", 128, 64, False),
-        ("none", 64, 128, True),
+        pytest.param(("none", 64, 64, False), marks=pytest.mark.slow),
+        pytest.param(("none", 64, 128, True), marks=pytest.mark.slow),
+        pytest.param(("scalar", 64, 128, False), marks=pytest.mark.slow),
         pytest.param(("scalar", 256, 64, False), marks=pytest.mark.slow),
     ],
     ids=str,
@@ -178,7 +179,8 @@ def test_the_op_calls_the_kernel(kind, T, H, mesh, interpret, monkeypatch):
         assert np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)) < 0.015
 
 
-@pytest.mark.parametrize("kind", ["scalar", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("none", "vector"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_others_are_rounded_to_bfloat16(kind):
     (q, k, v, *gates), reset, state, do, d_final = arrays(kind, 70, 1, 64, 64, B=1)
     if kind != "scalar":

@@ -91,6 +91,16 @@ def test_no_races_and_nothing_uninitialised(kind):
     assert_close(got, reference(inputs, *rest), "float32")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_races_in_whole_chunks(kind):
+    """Of bfloat16, with heads in several steps of the grid."""
+    inputs, *rest = arrays(kind, 140, 8, 64, 64, B=1, dtype="bfloat16")
+    with interpreters.no_races(kernels=2):
+        got = jax.block_until_ready(run(inputs, *rest, interpret=interpreters.TPU))
+    assert_close(got, reference(inputs, *rest), "bfloat16")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_later_tokens_change_no_earlier_bit(kind):
     T, chunk = 40, 32 if kind == "vector" else 16

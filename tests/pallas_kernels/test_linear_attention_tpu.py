@@ -88,7 +88,17 @@ def test_no_races_and_nothing_uninitialised(kind):
     assert_close(got, reference(inputs, *rest), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
+def test_no_races_in_whole_chunks(kind):
+    """Of bfloat16, with heads in several steps of the grid (linear attention with decays of channels: backward)."""
+    inputs, *rest = arrays(kind, 140, 8, 64, 64, B=1, dtype="bfloat16")
+    with interpreters.no_races(kernels=2):
+        got = jax.block_until_ready(run(inputs, *rest, interpret=interpreters.TPU))
+    assert_close(got, reference(inputs, *rest), "bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["none", "scalar", pytest.param("vector", marks=pytest.mark.slow)])
 def test_later_tokens_change_no_earlier_bit(kind):
     T, chunk = (140, 128) if kind == "vector" else (40, 16)  # all levels that there are
     inputs, reset, state, *rest = arrays(kind, T, 2, 64, 64, B=1, dtype="bfloat16")
