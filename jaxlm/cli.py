@@ -164,7 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sub.add_argument("--kernels", type=names, metavar="A,B", help="such as linear_attention-vector (default: all)")
     sub.add_argument("--chips", type=names, metavar="A,B", help="of v4, v5e, v5p, v6e, 7x, h100 (default: all; --quick: v5e)")
-    sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row, in rows of 32,768 in all")
+    sub.add_argument("--lengths", type=numbers, metavar="N,M", help="on a GPU: tokens a row (default: 2,048 to 65,536)")
+    sub.add_argument("--tokens", type=int, default=32768, metavar="N", help="there: of all rows (default %(default)s)")
     sub.add_argument("--forms", type=names, metavar="A,B", help="kernel alone, or also chunked; on a GPU also recurrent")
     sub.add_argument(
         "--merge", type=names, metavar="A,B", help="measure nothing: join the times.json of these folders and draw them"
@@ -375,7 +376,7 @@ def bench_kernels_command(arguments: argparse.Namespace) -> None:
     if jax.default_backend() == "gpu":
         kernel_times.run(
             arguments.output, names=arguments.kernels, lengths=arguments.lengths, H=arguments.H, K=arguments.K, V=arguments.V,
-            forms=arguments.forms, quick=arguments.quick,
+            tokens=arguments.tokens, forms=arguments.forms, quick=arguments.quick,
         )  # fmt: skip
         return
     shape = Shape(arguments.B, arguments.T, arguments.H, arguments.K, arguments.V)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 C = 64  # tokens a chunk of the walks
 DIMS = {"K": (64, 128, 256), "V": (64, 128, 256, 512)}
-CHIPS = ("H100", "H200", "H800", "H20")
+CHIPS = ("H100", "H200", "GH200", "H800", "H20")  # in names of devices, such as "NVIDIA H100 80GB HBM3"
 FLOOR = -128.0  # exp(-128) is 0 in float32 and sums of 64 of them are finite, where those of -inf are not
 LOG2E = math.log2(math.e)
 SMS = 132  # multiprocessors of the chip
@@ -35,10 +36,10 @@ ROWS = WGMMA.reduce(1)  # a number for every row of a tile
 COLS = WGMMA.reduce(0)  # a number for every column
 
 
-def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
-    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
+def declines(*, K: int | None, V: int | None, dtype, chip: str) -> str | None:
+    """Why the kernel does not run for such heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
     and rules nothing out. Float32 runs where jax_default_matmul_precision, as it is in force here, is one of `PRECISIONS`."""
-    if not any(name in chip for name in CHIPS):
+    if not any(re.search(rf"\b{name}\b", chip) for name in CHIPS):
         return f"the GPU kernel is made for Hopper ({', '.join(CHIPS)}), not for {chip or 'an unknown chip'}"
     if (K is not None and K not in DIMS["K"]) or (V is not None and V not in DIMS["V"]):
         return f"the GPU kernel has K in {DIMS['K']} and V in {DIMS['V']}, not K={K}, V={V}"

@@ -27,8 +27,8 @@ MOST_HEADS = 8  # a grid step, for the sake of its memory
 MEMORY = 15 * 2**20  # that `step_bytes` may be: kernels have 16 MiB on v4 and v5
 
 
-def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str | None, chip: str) -> str | None:
-    """Why the kernel does not run for these heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
+def declines(*, K: int | None, V: int | None, dtype, chip: str) -> str | None:
+    """Why the kernel does not run for such heads on this chip (`jax.Device.device_kind`), or None. What is None is not known
     and rules nothing out."""
     if not chip.startswith("TPU") or not any(name in chip for name in CHIPS):
         return f"the TPU kernel runs on TPU {', '.join(CHIPS)}, not on {chip or 'an unknown chip'}"
@@ -36,17 +36,6 @@ def declines(*, H: int | None, K: int | None, V: int | None, dtype, decay: str |
         return f"the TPU kernel has K in {KEY_DIMS} and V in {VALUE_DIMS}, not K={K}, V={V}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"the TPU kernel takes bfloat16 and float32, not {jnp.dtype(dtype).name}"
-    if None in (H, K, V):
-        return None
-    fitting = groups(H, K, V)
-    if not fitting:
-        return f"the TPU kernel needs heads that fill 128 lanes: an even number of them for K or V of 64, not H={H}"
-    needed = step_bytes(fitting[0], K, V, jnp.dtype(dtype).itemsize, decay == "vector")
-    if needed > MEMORY:
-        return (
-            f"the TPU kernel needs heads that fill 128 lanes: all H={H} at once take {needed / 2**20:.1f} MiB "
-            f"for K={K}, V={V}, more than {MEMORY // 2**20}"
-        )
     return None
 
 
@@ -74,8 +63,13 @@ def groups(H: int, K: int, V: int) -> list[int]:
     return [n for n in whole if n <= MOST_HEADS]
 
 
-def heads_a_step(H: int, K: int, V: int, limit: int) -> int:
+def heads_a_step(q, v, limit: int, *, vector: bool) -> int:
+    """How many heads of q [B, T, H, K] and v [B, T, H, V] a grid step takes: up to a limit, or all there are. Where they are an
+    odd number of 64 channels, too many to go at once, that is of them and one more."""
+    H, K, V = *q.shape[2:], v.shape[3]
     fitting = groups(H, K, V)
+    if not fitting or step_bytes(fitting[0], K, V, q.dtype.itemsize, vector) > MEMORY:
+        fitting = groups(H + 1, K, V)
     return max([n for n in fitting if n <= limit], default=fitting[0])
 
 
@@ -110,13 +104,15 @@ def call(body: Callable, name: str, grid, inputs: dict, outputs: dict, scratch: 
 
 
 class Layout:
-    """Arrays as the kernels take them: tokens padded to whole chunks, heads along lanes in groups of n."""
+    """Arrays as the kernels take them: tokens padded to whole chunks, heads along lanes in groups of n, padded to whole groups:
+    H of them, which is H' outside."""
 
     def __init__(self, q, v, heads: int, chunk: int, *, reverse: bool = False):
-        self.B, self.T, self.H, self.K = q.shape
+        self.B, self.T, self.given, self.K = q.shape
         self.V, self.n, self.dtype = v.shape[-1], heads, q.dtype
         self.C = chunk
         self.chunks = -(-self.T // self.C)
+        self.H = -(-self.given // heads) * heads
         self.grid = (self.B, self.H // heads, self.chunks)
         self.at = (lambda t: self.chunks - 1 - t) if reverse else (lambda t: t)
 
@@ -129,7 +125,9 @@ class Layout:
         return pl.BlockSpec((1, self.C, self.n * width), lambda b, g, t: (b, self.at(t), g))
 
     def padded(self, x):
-        return jnp.pad(x, ((0, 0), (0, self.chunks * self.C - self.T), *[(0, 0)] * (x.ndim - 2)))
+        """[B, T] or [B, T, H, X]."""
+        heads = ((0, self.H - self.given), (0, 0)) if x.ndim == 4 else ()
+        return jnp.pad(x, ((0, 0), (0, self.chunks * self.C - self.T), *heads))
 
     def rows(self, x):
         """[B, T', H]: a row [1, C] of every head. Columns would fill a lane of 128."""
@@ -142,39 +140,45 @@ class Layout:
         """[B, N, 1, C]: one row [1, C] for all heads."""
         return x, pl.BlockSpec((1, 1, 1, self.C), lambda b, g, t: (b, self.at(t), 0, 0))
 
+    def transposed(self, state):
+        """[B, H, K, V] as the kernels have it: [B, H', V, K]."""
+        return jnp.pad(jnp.swapaxes(state, -1, -2), ((0, 0), (0, self.H - self.given), (0, 0), (0, 0)))
+
+    def state_of(self, x):
+        """The reverse of `transposed`."""
+        return jnp.swapaxes(x[:, : self.given], -1, -2)
+
     def states(self, x):
-        """[B, H, V, K], the same block in every chunk."""
+        """[B, H', V, K], the same block in every chunk."""
         return x, pl.BlockSpec((1, self.n, self.V, self.K), lambda b, g, t: (b, g, 0, 0))
 
     def states_of_chunks(self, x):
-        """[B, N, H, V, K]."""
+        """[B, N, H', V, K]."""
         return x, pl.BlockSpec((1, 1, self.n, self.V, self.K), lambda b, g, t: (b, self.at(t), g, 0, 0))
 
     def unpadded(self, x):
-        return x[:, : self.T].reshape(self.B, self.T, self.H, -1)
+        return x[:, : self.T].reshape(self.B, self.T, self.H, -1)[:, :, : self.given]
 
 
 def prepared(layout: Layout, q, k, v, log_decay, reset) -> dict:
     """The inputs that forward and backward have in common."""
     inputs = {"q": layout.tokens(q), "k": layout.tokens(k), "v": layout.tokens(v)}
-    if log_decay is not None:
-        g = layout.padded(log_decay)
-        if g.shape[-1] == 1:
-            g = jnp.maximum(g, FLOOR)
-            if reset is not None:
-                # What a reset drops needs no decay, and sums over it stay small.
-                g = jnp.where(layout.padded(reset)[..., None, None], 0.0, g)
-            parts = {"b": g}
-            if layout.dtype == jnp.float32:
-                # Differences of sums lose the digits that the sums have before the point. Multiples of 1/64 add up and
-                # subtract exactly, and what is left of each stays small.
-                parts["b"] = jnp.round(64 * g) / 64
-                parts["b_low"] = g - parts["b"]
-            for name, part in parts.items():
-                sums = jnp.cumsum(part.reshape(layout.B, layout.chunks, layout.C, layout.H), axis=2)
-                inputs[name] = layout.rows(sums.reshape(g.shape[:3]))
-        else:
-            inputs["g"] = layout.tokens(g)
+    if log_decay is not None and log_decay.shape[-1] > 1:
+        inputs["g"] = layout.tokens(log_decay)
+    elif log_decay is not None:
+        g = jnp.maximum(layout.padded(log_decay), FLOOR)
+        if reset is not None:
+            # What a reset drops needs no decay, and sums over it stay small.
+            g = jnp.where(layout.padded(reset)[..., None, None], 0.0, g)
+        parts = {"b": g}
+        if layout.dtype == jnp.float32:
+            # Differences of sums lose the digits that the sums have before the point. Multiples of 1/64 add up and
+            # subtract exactly, and what is left of each stays small.
+            parts["b"] = jnp.round(64 * g) / 64
+            parts["b_low"] = g - parts["b"]
+        for name, part in parts.items():
+            sums = jnp.cumsum(part.reshape(layout.B, layout.chunks, layout.C, layout.H), axis=2)
+            inputs[name] = layout.rows(sums.reshape(g.shape[:3]))
     if reset is not None:
         in_chunks = layout.padded(reset).reshape(layout.B, layout.chunks, layout.C)
         starts = lax.cummax(jnp.where(in_chunks, jnp.arange(layout.C), -1), axis=2)

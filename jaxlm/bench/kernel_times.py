@@ -30,7 +30,7 @@ from jaxlm.schema import UserError
 from pallas_kernels import cases
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768, 65536)
-TOKENS = 32768  # in all rows together, as long as one row has no more
+TOKENS = 32768  # in all rows together
 OPS = {"linear_attention": linear_attention, "delta_rule": delta_rule, "diagonal_recurrence": diagonal_recurrence}
 DIRECTIONS = ("forward", "forward and backward")
 PEERS = ("jax-linear-attention", "fla-core", "torch", "triton")  # packages, which need not be there
@@ -41,8 +41,8 @@ def kernel_names(chip: str) -> list[str]:
     names = []
     for op in cases.OPS:
         module = kernels.module(op, "gpu")
-        known = {"H": 16, "K": 128, "V": 128, "dtype": jnp.bfloat16, "chip": chip}
-        names += [f"{op}-{decay}" for decay in cases.DECAYS if module and module.declines(decay=decay, **known) is None]
+        known = {"K": 128, "V": 128, "dtype": jnp.bfloat16, "chip": chip}
+        names += [f"{op}-{decay}" for decay in cases.DECAYS if module and module.declines(**known) is None]
     diagonal = kernels.module("diagonal_recurrence", "gpu")
     if diagonal and diagonal.declines(dtype=jnp.float32, chip=chip) is None:
         names.append("diagonal_recurrence-vector")
@@ -175,6 +175,7 @@ def run(
     H: int = 8,
     K: int = 128,
     V: int = 128,
+    tokens: int = TOKENS,
     forms: Sequence[str] | None = None,
     quick: bool = False,
 ) -> dict:
@@ -183,8 +184,9 @@ def run(
     What OUTPUT/times.json holds of the same machine, versions and sizes stays, but for the kernels and lengths timed now.
 
     Args:
-      names: of `kernel_names`; None for all. lengths: T, with as many rows as make `TOKENS` (at least one).
+      names: of `kernel_names`; None for all. lengths: T.
       H, K, V: heads and their channels.
+      tokens: of all rows together, as long as one row has no more.
       forms: beside the kernel; None for the chunked one. The recurrent one takes tens of milliseconds.
       quick: only T = 2048.
 
@@ -200,7 +202,7 @@ def run(
     forms = ["kernel", *(form for form in forms if form != "kernel")]  # what the others are compared with
     peers = [name for name, module in (("jax-linear-attention", "jla"), ("fla", "fla")) if importlib.util.find_spec(module)]
     console, rate = Console(stderr=True), bandwidth()
-    settings = {"H": H, "K": K, "V": V, "dtype": "bfloat16"}
+    settings = {"H": H, "K": K, "V": V, "tokens": tokens, "dtype": "bfloat16"}
     made = {"environment": environment() | _peers() | {"device": chip}, "settings": settings}
     before = read_json(output / "times.json") or {"rows": []}
     if _is_of(before) != _is_of(made):
@@ -213,7 +215,7 @@ def run(
             # Forms of one length are compared, so none of them stays from before.
             rows = [row for row in result["rows"] if (row["op"], row["decay"], row["T"]) != (op, decay, T)]
             result["rows"] = rows
-            shape = cases.Shape(max(1, TOKENS // T), T, H, K, V)
+            shape = cases.Shape(max(1, tokens // T), T, H, K, V)
             arrays = inputs(op, decay, shape)
             least = cases.least_bytes(op, "forward", decay, shape)
             for direction in DIRECTIONS:

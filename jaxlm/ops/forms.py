@@ -44,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Call:
-    """What decides whether a kernel can run. None where it is not known: then it rules nothing out."""
+    """What may decide whether a kernel can run, and `doctor` tells. None where it is not known: then it rules nothing out."""
 
     T: int
     dtype: jnp.dtype
@@ -81,8 +81,7 @@ def _pallas_declines(op: str, call: Call) -> str | None:
         return f"no Pallas kernel for {call.platform}"
     if call.decoupled:
         return f"the Pallas kernel of {op} has one gate beta, not one to erase and one to write"
-    heads = None if call.heads is None else sequence.a_device("heads", call.heads)
-    return _module_declines(op, call, H=heads, K=call.head_dim, V=call.value_dim, decay=call.decay)
+    return _module_declines(op, call, K=call.head_dim, V=call.value_dim)
 
 
 def _diagonal_declines(call: Call) -> str | None:

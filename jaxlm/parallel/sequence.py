@@ -112,14 +112,6 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)
 
 
-def a_device(name: str, size: int) -> int:
-    """Of a logical axis of a size, what `shard_map` gives a device."""
-    if active() is None:
-        return size
-    mesh, _ = active()
-    return size // math.prod(mesh.shape[axis] for axis in _placed({name: size}).get(name, ()))
-
-
 def _placed(sizes: dict[str, int]) -> dict[str, tuple[str, ...]]:
     """The mesh axes of each logical axis, those of size 1 too: autodiff sums cotangents over whatever a spec leaves out."""
     mesh, rules = active()

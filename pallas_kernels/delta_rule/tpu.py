@@ -88,13 +88,13 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
       interpret: as for `pl.pallas_call`.
 
     Returns:
-      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H, V, K] in q's dtype, or
-      None.
+      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H', V, K] in q's dtype, or
+      None: H', as heads of 64 channels may need one more to fill the lanes.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
     layout = Layout(q, v, _heads(q, v, vector=vector, backward=False), chunk or _chunk(q, vector))
     shape = jax.ShapeDtypeStruct
-    entering = jnp.swapaxes(state, -1, -2)
+    entering = layout.transposed(state)
     outputs = {
         "o": (shape((layout.B, layout.chunks * layout.C, layout.H * layout.V), v.dtype), layout.token_spec(layout.V)),
         "final": layout.states(shape(entering.shape, jnp.float32)),
@@ -107,7 +107,7 @@ def forward(scale, q, k, v, beta, log_decay, reset, state, *, save: bool, chunk:
         _forward_step, "delta_rule_forward", layout.grid, inputs, outputs,
         _scratch(layout, vector=vector, backward=False), interpret, scale=scale, n=layout.n,
     )  # fmt: skip
-    return layout.unpadded(results["o"]), jnp.swapaxes(results["final"], -1, -2), results.get("saved")
+    return layout.unpadded(results["o"]), layout.state_of(results["final"]), results.get("saved")
 
 
 def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chunk: int | None = None, interpret=False):
@@ -125,7 +125,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
     vector = log_decay is not None and log_decay.shape[-1] > 1
     layout = Layout(q, v, _heads(q, v, vector=vector, backward=True), chunk or _chunk(q, vector), reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
-    d_leaving = jnp.swapaxes(d_final, -1, -2)
+    d_leaving = layout.transposed(d_final)
     inputs = prepared(layout, q, k, v, log_decay, reset) | {
         "beta": layout.rows(layout.padded(beta)[..., 0]), "do": layout.tokens(do),
         "entering": layout.states_of_chunks(saved), "d_final": layout.states(d_leaving),
@@ -155,7 +155,7 @@ def backward(scale, q, k, v, beta, log_decay, reset, saved, do, d_final, *, chun
         dg = layout.unpadded(results["dg"])
     elif log_decay is not None:
         dg = of_rows(lax.cumsum(results["flow"], axis=4, reverse=True))
-    return dq, dk, dv, of_rows(results["dbeta"]), dg, jnp.swapaxes(results["d_state"], -1, -2)
+    return dq, dk, dv, of_rows(results["dbeta"]), dg, layout.state_of(results["d_state"])
 
 
 def _chunk(q, vector: bool) -> int:
@@ -165,12 +165,12 @@ def _chunk(q, vector: bool) -> int:
 
 def _heads(q, v, *, vector: bool, backward: bool) -> int:
     """How many go side by side: four of 128 channels in bfloat16, and as many of others as fit the memory of v4."""
-    H, K, V = *q.shape[2:], v.shape[3]
+    K, V = q.shape[3], v.shape[3]
     if vector and backward:
         most = 4 if max(K, V, LANES) * q.dtype.itemsize <= 256 else 1
     else:
         most = max(1, min(4, 4 * 512 // ((K + V) * q.dtype.itemsize)))
-    return heads_a_step(H, K, V, most)
+    return heads_a_step(q, v, most, vector=vector)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:

@@ -74,13 +74,13 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int |
       interpret: as for `pl.pallas_call`.
 
     Returns:
-      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H, V, K] in q's dtype, or
-      None.
+      o [B, T, H, V] in v's dtype; the final state, float32; the states that enter the chunks [B, N, H', V, K] in q's dtype, or
+      None: H', as heads of 64 channels may need one more to fill the lanes.
     """
     vector = log_decay is not None and log_decay.shape[-1] > 1
     layout = Layout(q, v, _heads(q, v, vector=vector, backward=False), chunk or CHUNK)
     shape = jax.ShapeDtypeStruct
-    entering = jnp.swapaxes(state, -1, -2)
+    entering = layout.transposed(state)
     outputs = {
         "o": (shape((layout.B, layout.chunks * layout.C, layout.H * layout.V), v.dtype), layout.token_spec(layout.V)),
         "final": layout.states(shape(entering.shape, jnp.float32)),
@@ -94,7 +94,7 @@ def forward(scale, q, k, v, log_decay, reset, state, *, save: bool, chunk: int |
         _scratch(layout, vector=vector, backward=False), interpret,
         scale=scale, n=layout.n,
     )  # fmt: skip
-    final_state = jnp.swapaxes(results["final"], -1, -2)
+    final_state = layout.state_of(results["final"])
     return layout.unpadded(results["o"]), final_state, results.get("saved")
 
 
@@ -112,7 +112,7 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
     kind = "none" if log_decay is None else "vector" if log_decay.shape[-1] > 1 else "scalar"
     layout = Layout(q, v, _heads(q, v, vector=kind == "vector", backward=True), chunk or CHUNK, reverse=True)
     shape, padded = jax.ShapeDtypeStruct, layout.chunks * layout.C
-    d_leaving = jnp.swapaxes(d_final, -1, -2)
+    d_leaving = layout.transposed(d_final)
     inputs = prepared(layout, q, k, v, log_decay, reset) | {
         "do": layout.tokens(do), "entering": layout.states_of_chunks(saved), "d_final": layout.states(d_leaving),
     }  # fmt: skip
@@ -138,19 +138,14 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
         sums = lax.cumsum(results["flow"], axis=4, reverse=True)
         dg = layout.unpadded(sums.transpose(0, 2, 4, 1, 3).reshape(layout.B, padded, layout.H))
     dq, dk, dv = (layout.unpadded(results[name]) for name in ("dq", "dk", "dv"))
-    return dq, dk, dv, dg, jnp.swapaxes(results["d_state"], -1, -2)
+    return dq, dk, dv, dg, layout.state_of(results["d_state"])
 
 
 def _heads(q, v, *, vector: bool, backward: bool) -> int:
-    """How many go side by side, which hides latencies: two; with decays of channels, whose chains are long, as many as fit the
-    memory of v4, so of 128 channels in bfloat16 eight forward and four backward."""
-    H, K, V = *q.shape[2:], v.shape[3]
-    a_head = (max(K, LANES) + max(V, LANES)) * q.dtype.itemsize
-    if vector:
-        most = max(1, (2048 if backward else 4096) // a_head)
-    else:
-        most = 2 if a_head <= 2048 else 1
-    return heads_a_step(H, K, V, most)
+    """How many go side by side, which hides latencies: as many as fit the memory of v4, of 128 channels in bfloat16 eight, but
+    four in the backward of decays of channels."""
+    a_head = (max(q.shape[3], LANES) + max(v.shape[3], LANES)) * q.dtype.itemsize
+    return heads_a_step(q, v, max(1, (2048 if vector and backward else 4096) // a_head), vector=vector)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:

@@ -265,9 +265,13 @@ def test_peers_are_timed_beside_the_kernel_and_their_versions_kept(tmp_path, mon
         monkeypatch.setattr(kernel_times, "_peers", lambda versions=versions: versions)
         monkeypatch.setattr(kernel_times, "draw", lambda *args: False)
         T = {"jla": 2048, "fla": 4096}[module]
-        result = kernel_times.run(tmp_path, lengths=[T], forms=["kernel"])
-    found = [(row["T"], row["form"], row.get("over_kernel")) for row in result["rows"] if row["direction"] == "forward"]
-    assert found == [(2048, "kernel", None), (2048, "jax-linear-attention", 2.0), (4096, "kernel", None), (4096, "fla", 2.0)]
+        result = kernel_times.run(tmp_path, lengths=[T], tokens=8192, forms=["kernel"])
+    forward = [row for row in result["rows"] if row["direction"] == "forward"]
+    found = [(row["B"], row["T"], row["form"], row.get("over_kernel")) for row in forward]
+    assert found == [
+        (4, 2048, "kernel", None), (4, 2048, "jax-linear-attention", 2.0), (2, 4096, "kernel", None), (2, 4096, "fla", 2.0)
+    ]  # fmt: skip
+    assert result["settings"]["tokens"] == 8192
     versions = {name: result["environment"].get(name) for name in kernel_times.PEERS}
     assert versions == {"jax-linear-attention": "0.1.0", "fla-core": "0.6.0", "torch": None, "triton": "3.6.0"}
     assert json.loads((tmp_path / "times.json").read_text()) == result

@@ -39,9 +39,9 @@ CASES = [
     # kind, T, H, K, V, resets, largest beta
     ("none", 37, 2, 64, 128, True, 1.0),
     ("none", 7, 1, 128, 64, False, 2.0),
-    ("scalar", 37, 4, 64, 128, True, 2.0),
+    ("scalar", 37, 9, 64, 128, True, 2.0),
     ("scalar", 7, 1, 128, 64, False, 1.0),
-    ("vector", 37, 2, 64, 128, True, 2.0),
+    ("vector", 37, 9, 64, 128, True, 2.0),
     ("vector", 7, 1, 128, 64, False, 1.0),
 ]
 
@@ -206,5 +206,5 @@ def test_compiles_for(chip, kind, direction):
     of_it = {"chip": chip, "op": "delta_rule", "direction": direction, "decay": kind}
     assert_as_recorded(kernel, "bench_kernels_delta_rule/kernels.json", **of_it, tokens=2 * 1024 * 8)
     widest = {"K": 256, "V": 512, "H": 4, "dtype": "float32", "resets": True, "T": 256}
-    for change in ({"resets": True}, widest, {"K": 64, "V": 256, "T": 256}):
+    for change in ({"resets": True}, widest, {"K": 64, "V": 256, "H": 9, "T": 256}):
         aot.report(chip, CASE, case | change)

@@ -14,6 +14,7 @@ from jaxlm.parallel.context import use_mesh
 from jaxlm.parallel.mesh import make_mesh
 from pallas_kernels import aot
 from pallas_kernels.linear_attention import tpu
+from pallas_kernels.tpu import Layout, heads_a_step
 from tests.pallas_kernels import interpreters
 from tests.pallas_kernels.linear_attention import (
     KINDS,
@@ -45,9 +46,9 @@ CASES = [
     # kind, T, H, K, V, resets
     ("none", 37, 2, 64, 128, True),
     ("none", 7, 1, 128, 64, False),
-    ("scalar", 37, 2, 64, 128, True),
+    ("scalar", 37, 9, 64, 128, True),
     ("scalar", 7, 1, 128, 64, False),
-    ("vector", 37, 2, 64, 128, True),
+    ("vector", 37, 9, 64, 128, True),
     ("vector", 7, 1, 128, 64, False),
 ]
 
@@ -92,8 +93,8 @@ def test_no_races_and_nothing_uninitialised(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_races_in_whole_chunks(kind):
-    """Of bfloat16, with heads in several steps of the grid (linear attention with decays of channels: backward)."""
-    inputs, *rest = arrays(kind, 300, 8, 64, 64, B=1, dtype="bfloat16")
+    """Of bfloat16, with heads in several steps of the grid."""
+    inputs, *rest = arrays(kind, 300, 9, 64, 64, B=1, dtype="bfloat16")
     with interpreters.no_races(kernels=2):
         got = jax.block_until_ready(run(inputs, *rest, interpret=interpreters.TPU))
     assert_close(got, reference(inputs, *rest), "bfloat16")
@@ -112,9 +113,9 @@ def test_later_tokens_change_no_earlier_bit(kind):
         np.testing.assert_array_equal(o[:, :t], forward(*changed, reset, state)[0][:, :t])
 
 
-def op(form, *, decay, packed=True, T=48):
+def op(form, *, decay, packed=True, T=48, H=4):
     """Outputs and gradients of the op in a form."""
-    q, k, v, g = arrays(decay, T, 4, 64, 64, dtype="float32")[0]
+    q, k, v, g = arrays(decay, T, H, 64, 64, dtype="float32")[0]
     g = None if g is None else g[..., 0] if decay == "scalar" else g
     ids = jnp.asarray(np.sort(np.random.default_rng(0).integers(5, size=(2, T)), axis=1)) if packed else None
 
@@ -127,34 +128,52 @@ def op(form, *, decay, packed=True, T=48):
 
 
 @pytest.mark.parametrize(
-    ("decay", "mesh"),
+    ("decay", "H", "mesh"),
     [
-        ("scalar", None),
-        ("scalar", {"data": 2, "tensor": 4}),
-        ("scalar", {"data": 2, "tensor": 2, "sequence": 2}),
-        pytest.param("vector", {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
+        ("scalar", 4, None),
+        ("scalar", 18, {"data": 2, "tensor": 2, "sequence": 2}),  # 9 a device, which do not pair
+        pytest.param("scalar", 4, {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
+        pytest.param("vector", 4, {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
     ],
-    ids=["one device", "split rows and heads", "split tokens too", "split decays of channels"],
+    ids=["one device", "split tokens too", "split rows and heads", "split decays of channels"],
 )
-def test_the_op_calls_the_kernel(decay, mesh, monkeypatch):
+def test_the_op_calls_the_kernel(decay, H, mesh, monkeypatch):
     monkeypatch.setattr(tpu, "CHUNK", 16)
-    expected = op("recurrent", decay=decay)
+    expected = op("recurrent", decay=decay, H=H)
     calls = []
     forward = tpu.forward
     monkeypatch.setattr(tpu, "forward", lambda *args, **rest: calls.append(args[1].shape) or forward(*args, **rest))
     with kernels.interpreted("tpu", "TPU v5 lite"):
-        got = op("auto", decay=decay)
+        got = op("auto", decay=decay, H=H)
         if mesh:
             alone = got
             calls.clear()
             with use_mesh(make_mesh(mesh)):
-                got = op("auto", decay=decay)
+                got = op("auto", decay=decay, H=H)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), got, alone)
-    whole = (2, 48, 4, 64)
     ways = mesh or {}
-    local = (2 // ways.get("data", 1), 48 // ways.get("sequence", 1), 4 // ways.get("tensor", 1), 64)
-    assert set(calls) == {local if mesh else whole}
+    assert set(calls) == {(2 // ways.get("data", 1), 48 // ways.get("sequence", 1), H // ways.get("tensor", 1), 64)}
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("H", "K", "V", "vector", "steps"),
+    [
+        (16, 128, 128, False, [8, 8]),
+        (9, 128, 128, False, [3] * 3),
+        (9, 64, 128, False, [2] * 5),
+        (15, 128, 64, False, [8, 8]),
+        (7, 64, 256, False, [7]),
+        (7, 64, 256, True, [8]),  # all at once need more memory than v4 has
+        (3, 64, 256, True, [3]),
+        (1, 64, 64, True, [1]),
+    ],
+)
+def test_heads_fill_lanes_with_one_more_where_they_have_to(H, K, V, vector, steps):
+    q, v = (jax.ShapeDtypeStruct((1, 128, H, width), jnp.bfloat16) for width in (K, V))
+    layout = Layout(q, v, heads_a_step(q, v, 8, vector=vector), 128)
+    assert [layout.n] * layout.grid[1] == steps
+    assert sum(steps) == layout.H
 
 
 def test_form_kernel_says_why_not():
@@ -178,7 +197,8 @@ def test_compiles_for(chip, kind, direction):
     of_it = {"chip": chip, "op": "linear_attention", "direction": direction, "decay": kind}
     assert_as_recorded(kernel, "bench_kernels/kernels.json", **of_it, tokens=2 * 4096 * 8)
     widest = {"K": 256, "V": 512, "H": 4, "dtype": "float32", "resets": True, "T": 256}
-    narrow = {"K": 64, "V": 64, "dtype": "float32", "resets": True, "T": 256}  # of which most go side by side
+    narrow = {"K": 64, "V": 64, "H": 9, "resets": True, "T": 256}  # which do not pair
+    wider = {"dtype": "float32", "resets": True, "T": 256}
     largest = {"K": 256, "V": 256, "resets": True, "T": 256}
-    for change in ({"resets": True}, widest, narrow, largest, {"K": 64, "V": 256, "T": 512}):
+    for change in ({"resets": True}, widest, narrow, wider, largest, {"K": 64, "V": 256, "T": 512}):
         aot.report(chip, CASE, case | change)
