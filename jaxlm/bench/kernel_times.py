@@ -366,7 +366,7 @@ def draw(result: dict, output: Path) -> bool:
                 rows = [row for row in chosen_rows if row["form"] == form and row["ms"]]
                 # Also without rows, so that every panel has the same colours and the first one all of the legend.
                 axis.plot(*curve(rows, "ms"), f"C{number}", marker="o", markersize=3, label=form)
-            floors = {row["T"]: row for row in chosen_rows}
+            floors = {row["T"]: row for row in reversed(chosen_rows)}  # that of the kernel, which comes first
             axis.plot(*curve(floors.values(), "floor_ms"), "k--", label="floor")
             axis.set(xscale="log", yscale="log", xlabel="tokens a row")
             axis.set_title(f"{'-'.join(name)}, {direction}", fontsize=8)
