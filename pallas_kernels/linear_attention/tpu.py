@@ -142,10 +142,10 @@ def backward(scale, q, k, v, log_decay, reset, saved, do, d_final, *, chunk: int
 
 
 def _heads(q, v, *, vector: bool, backward: bool) -> int:
-    """How many go side by side, which hides latencies: as many as fit the memory of v4, of 128 channels in bfloat16 eight, but
-    four in the backward of decays of channels."""
-    a_head = (max(q.shape[3], LANES) + max(v.shape[3], LANES)) * q.dtype.itemsize
-    return heads_a_step(q, v, max(1, (2048 if vector and backward else 4096) // a_head), vector=vector)
+    """How many go side by side, which hides latencies: as many as fit the memory of v4, of 128 channels in bfloat16 eight."""
+    K, V = (max(x.shape[3], LANES) for x in (q, v))
+    room = 2048 if vector and backward and K > LANES else 4096  # the tables of its decays are of K
+    return heads_a_step(q, v, max(1, room // ((K + V) * q.dtype.itemsize)), vector=vector)
 
 
 def _scratch(layout: Layout, *, vector: bool, backward: bool) -> dict:
